@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package solver decides what to run, when, and what can be reused. It takes LLB as data (a Graph), names every
+// vertex by what it depends on (RecipeKey, ContentKey), looks those names up in the action cache, and runs the
+// rest in parallel. It knows nothing of frontends, exporters and clients: they call down into it.
+package solver
+
+import (
+	"context"
+
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
+)
+
+// RecipeKey names work before it is done: the op and the recipe keys of its inputs.
+type RecipeKey digest.Digest
+
+// ContentKey names work by what it will read: the op and the content digests of its inputs.
+type ContentKey digest.Digest
+
+// Vertex is one node of a Graph.
+type Vertex struct {
+	// Digest is the digest of the marshalled pb.Op, which is how LLB names vertices and how progress does.
+	Digest digest.Digest
+	Op     *pb.Op
+	Meta   *pb.OpMetadata
+	// Name is what progress shows.
+	Name   string
+	Inputs []Edge
+	// Locations are where in which source file (a Dockerfile) the vertex comes from.
+	Locations []*pb.Location
+}
+
+// Edge is one output of a vertex.
+type Edge struct {
+	Vertex *Vertex
+	Index  int
+}
+
+// Op is what a vertex does. solver/op has one for each kind of pb.Op. Methods may be called concurrently.
+type Op interface {
+	// Parts lists everything that identifies the work apart from its inputs, readable, in a fixed order. No secrets.
+	Parts() []record.Part
+	// InputDigest is the digest of what the op can see of its i-th input: the selected paths for a copy or a
+	// read-only bind mount, the layers' content digests in order for a root. Equal digests must mean equal results.
+	InputDigest(ctx context.Context, env *Env, i int, in snapshot.Snapshot) (digest.Digest, error)
+	// Run does the work and returns a snapshot for each output.
+	Run(ctx context.Context, env *Env, inputs []snapshot.Snapshot) ([]snapshot.Snapshot, error)
+}
+
+// Source is an Op without inputs whose result is named by its pin: a manifest digest, a commit, a checksum.
+// Pin is called once a build, before any key is made.
+type Source interface {
+	Op
+	// Pin resolves what the source stands for now. ByContent says that the pin says nothing (a local context): then
+	// Run is called at once and what depends on it is keyed by InputDigest of the result.
+	Pin(ctx context.Context, env *Env) (Pin, error)
+}
+
+// Pin is what a source was resolved to.
+type Pin struct {
+	Parts     []record.Part
+	ByContent bool
+}
+
+// Env is what an op may use of the build it runs for.
+type Env struct {
+	// Session reaches the client that asked for the build: its files, secrets and credentials.
+	Session Session
+	// Progress takes logs and byte counts for the vertex.
+	Progress Progress
+	// NoCache and Pull are the build's options.
+	Pull bool
+	// BuildID names the build.
+	BuildID string
+}
+
+// Session is what a build's client can be asked for. It is implemented above (engine/buildkitapi over
+// BuildKit's session; a fake in tests). A nil Session has nothing.
+type Session interface {
+	// Local makes a directory of the client visible here: files is its content under filter. The tree stays
+	// readable until the build ends. Owners are 0:0.
+	Local(ctx context.Context, req LocalRequest) (LocalDir, error)
+	// Secret returns the value; errors wrap ErrNotFound when the client has none of that name.
+	Secret(ctx context.Context, id string) ([]byte, error)
+	// SSHAgent returns the path of a unix socket on this host that talks to the client's agent, and a closer.
+	SSHAgent(ctx context.Context, id string) (socket string, release func(), err error)
+	// Credentials returns the user and secret for a registry host, "" when the client knows none.
+	Credentials(ctx context.Context, host string) (user, secret string, err error)
+}
+
+// LocalRequest asks for a directory of the client.
+type LocalRequest struct {
+	Name            string
+	IncludePatterns []string
+	ExcludePatterns []string
+	FollowPaths     []string
+	SharedKey       string
+}
+
+// LocalDir is a directory on this host with what was asked for, and nothing else unless Filter is set.
+type LocalDir struct {
+	Path string
+	// Filtered says that Path holds just the files asked for (they were transferred). Otherwise Path is the client's
+	// own directory and the reader must apply the request's patterns.
+	Filtered bool
+}
+
+// Progress takes what happens inside one vertex. All methods may be called concurrently; a nil Progress is not allowed.
+type Progress interface {
+	// Log appends to the vertex's output. stream is 1 or 2.
+	Log(stream int, data []byte)
+	// Status reports a long-running part in bytes ("sha256:… 3MB/10MB"); done ends it.
+	Status(id string, current, total int64, done bool)
+	// Warn shows a warning.
+	Warn(short string)
+}
+
+// Writer takes the events of one build in BuildKit's form.
+type Writer interface {
+	Write(*client.SolveStatus)
+}
