@@ -79,6 +79,8 @@ type Mount struct {
 	Mode      uint32
 	// Recursive makes a bind mount take the mounts below Source along.
 	Recursive bool
+	// NoExec forbids to execute files in it.
+	NoExec bool
 }
 
 // User is the identity of a process.

@@ -7,6 +7,8 @@ package solver
 
 import (
 	"context"
+	"sync/atomic"
+	"time"
 
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/solver/pb"
@@ -31,8 +33,9 @@ type Vertex struct {
 	// Name is what progress shows.
 	Name   string
 	Inputs []Edge
-	// Locations are where in which source file (a Dockerfile) the vertex comes from.
+	// Locations are where in which source file (a Dockerfile) the vertex comes from; Sources[i] is the file of Locations[i].
 	Locations []*pb.Location
+	Sources   []*pb.SourceInfo
 }
 
 // Edge is one output of a vertex.
@@ -67,16 +70,29 @@ type Pin struct {
 	ByContent bool
 }
 
-// Env is what an op may use of the build it runs for.
+// Env is what an op may use of the build it runs for. Each call of an op's method has its own.
 type Env struct {
 	// Session reaches the client that asked for the build: its files, secrets and credentials.
 	Session Session
 	// Progress takes logs and byte counts for the vertex.
 	Progress Progress
-	// NoCache and Pull are the build's options.
+	// Pull is the build's option: ask the registry even for what is here.
 	Pull bool
 	// BuildID names the build.
 	BuildID string
+
+	peakMemory atomic.Int64
+}
+
+// ReportPeakMemory tells how much memory, in bytes, the work has needed at most so far. The largest report is
+// recorded with the result. It may be called concurrently.
+func (e *Env) ReportPeakMemory(bytes int64) {
+	for {
+		old := e.peakMemory.Load()
+		if bytes <= old || e.peakMemory.CompareAndSwap(old, bytes) {
+			return
+		}
+	}
 }
 
 // Session is what a build's client can be asked for. It is implemented above (engine/buildkitapi over
@@ -118,6 +134,14 @@ type Progress interface {
 	Status(id string, current, total int64, done bool)
 	// Warn shows a warning.
 	Warn(short string)
+}
+
+// UsageProgress is a Progress that also takes what a step has used. An op that knows calls it once, after its work:
+// if u, ok := env.Progress.(UsageProgress); ok { u.Usage(…) }.
+type UsageProgress interface {
+	Progress
+	// Usage reports the peak memory in bytes and the processor time of the step's processes; 0 means not known.
+	Usage(peakMemoryBytes int64, cpu time.Duration)
 }
 
 // Writer takes the events of one build in BuildKit's form.

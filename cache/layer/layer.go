@@ -1,8 +1,593 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package layer keeps immutable file trees, each a difference to what lies below it, as a tar with a mountable
-// index or as a directory.
+// Package layer keeps immutable file trees, each a difference to what lies below it.
+//
+// A layer has one of two forms, and may have both. In tar form it is one uncompressed tar beside a small EROFS
+// image that holds only metadata and points into the tar; the kernel mounts the pair as it is, so nothing is ever
+// unpacked. In tree form it is a directory: what a step left in its overlay upper directory, taken over by
+// rename. Every layer has an index.Index. A third state, held, exists only in memory (Draft.Hold).
+//
+// On disk, below the store's directory:
+//
+//	<id>/info.json    what Stat says, and what the layer was made of
+//	<id>/index        the encoded index.Index
+//	<id>/layer.tar    the tar, byte for byte as its diff ID says
+//	<id>/layer.erofs  metadata of the tar form, made from the index
+//	<id>/tree         the directory of the tree form
+//	mnt/<id>          where the tar form is mounted
+//	uppers/<random>   upper and work directories of running steps
+//	tmp/<random>      layers being written or deleted; emptied by Open
+//
+// A layer becomes visible by the rename of its finished directory. The tar form is synced to disk before that. A
+// committed tree is not: whoever records it must either call Sync first or remember that it counts in this boot only.
 package layer
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/cache/index"
+)
 
 // ID names a layer in this store. It is opaque and safe as a file name.
 type ID string
+
+// ErrNotFound is what errors about a layer that the store does not have wrap.
+var ErrNotFound = errors.New("no such layer")
+
+// The values of Info.Form.
+const (
+	FormTar  = "tar"
+	FormTree = "tree"
+	FormHeld = "held"
+)
+
+// Info describes a layer.
+type Info struct {
+	ID ID
+	// DiffID is the digest of the layer's tar; "" as long as it has none.
+	DiffID digest.Digest
+	// Content is the digest of the layer's index: what is in it, whatever its form (index.Index.Digest).
+	Content digest.Digest
+	// Size is what the layer occupies on disk, in bytes; 0 for a held one.
+	Size int64
+	// Form is how the layer is mounted: FormTar, FormTree or FormHeld.
+	Form string
+}
+
+// Files is a Tree whose regular files can be read.
+type Files interface {
+	index.Tree
+	// OpenFile opens the regular file at path, without following symlinks.
+	OpenFile(ctx context.Context, path string) (io.ReadCloser, error)
+}
+
+// Options of a Store.
+type Options struct {
+	// NoEROFS makes the store use trees only, as it does by itself where EROFS cannot be mounted.
+	NoEROFS bool
+	// Log takes what is worth knowing but no error of any call. nil means slog.Default().
+	Log *slog.Logger
+}
+
+// Store is a directory of layers, used by one process at a time. Its methods may be called concurrently.
+type Store struct {
+	dir string
+	opt Options
+	log *slog.Logger
+
+	probe func() StoreInfo
+
+	mu     sync.Mutex
+	metas  map[ID]*meta
+	held   map[ID]*heldLayer
+	mounts map[ID]string // where a layer in tar form is mounted
+	all    bool          // metas has every layer on disk
+	closed bool
+
+	indexes indexCache
+	locks   idLocks        // one mount, pack, write or deletion of a layer at a time
+	work    sync.WaitGroup // deletions in the background
+}
+
+// meta is what info.json holds.
+type meta struct {
+	ID      ID            `json:"id"`
+	DiffID  digest.Digest `json:"diffID,omitempty"`
+	Content digest.Digest `json:"content"`
+	Size    int64         `json:"size"`
+	// Tar and Tree say which forms are there. A layer with both is mounted as a tree.
+	Tar  bool `json:"tar,omitempty"`
+	Tree bool `json:"tree,omitempty"`
+	// TarSize is the length of layer.tar.
+	TarSize int64 `json:"tarSize,omitempty"`
+	// Below is what the layers below answered while the tar was read: the same tar over other answers makes
+	// another layer. See belowReader.
+	Below map[string]string `json:"below,omitempty"`
+}
+
+func (m *meta) info() Info {
+	form := FormTree
+	if m.Tar && !m.Tree {
+		form = FormTar
+	}
+	return Info{ID: m.ID, DiffID: m.DiffID, Content: m.Content, Size: m.Size, Form: form}
+}
+
+const (
+	infoFile  = "info.json"
+	indexFile = "index"
+	tarFile   = "layer.tar"
+	erofsFile = "layer.erofs"
+	treeDir   = "tree"
+)
+
+// Open opens the store in dir, which is created when missing. What a killed process left behind (mounts, files
+// that were being written, upper directories) is taken away. The caller must hold the lock of the state directory.
+func Open(dir string, opt Options) (*Store, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("layer store: %w", err)
+	}
+	s := &Store{
+		dir: dir, opt: opt, log: opt.Log,
+		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{},
+	}
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	s.probe = sync.OnceValue(s.probeEROFS)
+	s.indexes.limit = 1 << 19
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("layer store: %w", err)
+	}
+	// Mounts first: a sweep must never reach into one.
+	if err := s.unmountLeftovers(); err != nil {
+		return nil, fmt.Errorf("layer store: %w", err)
+	}
+	for _, sub := range []string{"tmp", "uppers", "mnt"} {
+		if err := s.sweep(sub); err != nil {
+			return nil, fmt.Errorf("layer store: sweep: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// sweep empties a directory of things that do not outlive a process, in the background.
+func (s *Store) sweep(sub string) error {
+	path := filepath.Join(s.dir, sub)
+	entries, err := os.ReadDir(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		old := filepath.Join(path, e.Name())
+		if sub == "mnt" {
+			// Plain remove: on a mount point that could not be unmounted it fails instead of emptying the layer.
+			if err := os.Remove(old); err != nil {
+				return err
+			}
+			continue
+		}
+		s.removeAll(old)
+	}
+	return nil
+}
+
+// removeAll removes a directory tree in the background. Close waits for it.
+func (s *Store) removeAll(path string) {
+	s.work.Go(func() {
+		if err := os.RemoveAll(path); err != nil {
+			s.log.Warn("layer store: remove", "path", path, "err", err)
+		}
+	})
+}
+
+// Close unmounts every layer that this store has mounted and waits for deletions under way. Held layers are gone.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	mounts := s.mounts
+	s.mounts = map[ID]string{}
+	s.mu.Unlock()
+	var errs []error
+	for id, dir := range mounts {
+		if err := unmount(dir); err != nil {
+			errs = append(errs, fmt.Errorf("layer %s: %w", id, err))
+		}
+	}
+	s.work.Wait()
+	return errors.Join(errs...)
+}
+
+// Sync makes everything written so far durable, committed trees included (syncfs).
+func (s *Store) Sync(ctx context.Context) error {
+	f, err := os.Open(s.dir)
+	if err != nil {
+		return fmt.Errorf("layer store: sync: %w", err)
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("layer store: sync: %w", err)
+	}
+	return nil
+}
+
+// valid says whether id has the form of an ID: only those ever become part of a path.
+func (id ID) valid() bool {
+	if len(id) < 2 || len(id) > 128 || id[0] != 'd' && id[0] != 't' && id[0] != 'h' {
+		return false
+	}
+	for _, c := range id[1:] {
+		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'f' || c == '-') {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Store) path(id ID, name string) string {
+	return filepath.Join(s.dir, string(id), name)
+}
+
+// meta returns what info.json of a layer on disk says. A layer whose info cannot be read does not exist.
+func (s *Store) meta(id ID) (*meta, error) {
+	if !id.valid() {
+		return nil, fmt.Errorf("layer %q: %w", id, ErrNotFound)
+	}
+	s.mu.Lock()
+	m := s.metas[id]
+	s.mu.Unlock()
+	if m != nil {
+		return m, nil
+	}
+	b, err := os.ReadFile(s.path(id, infoFile))
+	if err != nil {
+		if !errors.Is(err, os.ErrNotExist) {
+			s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
+		}
+		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
+	}
+	m = &meta{}
+	if err := json.Unmarshal(b, m); err != nil || m.ID != id || !m.Tar && !m.Tree {
+		s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
+		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if have := s.metas[id]; have != nil {
+		return have, nil
+	}
+	s.metas[id] = m
+	return m, nil
+}
+
+func (s *Store) heldLayer(id ID) *heldLayer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.held[id]
+}
+
+// Stat describes a layer. The error wraps ErrNotFound when there is none.
+func (s *Store) Stat(ctx context.Context, id ID) (Info, error) {
+	m, err := s.meta(id)
+	if err == nil {
+		return m.info(), nil
+	}
+	if h := s.heldLayer(id); h != nil {
+		return Info{ID: id, Content: h.index.Digest(), Form: FormHeld}, nil
+	}
+	return Info{}, err
+}
+
+// Index returns a layer's table of contents.
+func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
+	if x := s.indexes.get(id); x != nil {
+		return x, nil
+	}
+	if h := s.heldLayer(id); h != nil {
+		return h.index, nil
+	}
+	if _, err := s.meta(id); err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(s.path(id, indexFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("layer %s: %w: its index is missing", id, ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", id, err)
+	}
+	x, err := index.Decode(b)
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", id, err)
+	}
+	s.indexes.put(id, x)
+	return x, nil
+}
+
+// OpenFile opens the regular file at path in a layer; nothing is mounted for it. A path that is missing or no
+// regular file is an error that wraps os.ErrNotExist.
+func (s *Store) OpenFile(ctx context.Context, id ID, path string) (io.ReadCloser, error) {
+	if h := s.heldLayer(id); h != nil {
+		return h.open(path)
+	}
+	m, err := s.meta(id)
+	if err != nil {
+		return nil, err
+	}
+	x, err := s.Index(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	e, ok := x.Lookup(path)
+	if !ok || e.Type != index.File {
+		return nil, fmt.Errorf("layer %s: open %q: %w", id, path, os.ErrNotExist)
+	}
+	switch {
+	case e.Size == 0:
+		return io.NopCloser(eof{}), nil
+	case m.Tree:
+		root, err := os.OpenRoot(s.path(id, treeDir))
+		if err != nil {
+			return nil, fmt.Errorf("layer %s: %w", id, err)
+		}
+		defer root.Close()
+		f, err := root.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+		if err != nil {
+			return nil, fmt.Errorf("layer %s: %w", id, err)
+		}
+		return f, nil
+	default:
+		f, err := os.Open(s.path(id, tarFile))
+		if err != nil {
+			return nil, fmt.Errorf("layer %s: %w", id, err)
+		}
+		return &section{SectionReader: io.NewSectionReader(f, e.Offset, e.Size), f: f}, nil
+	}
+}
+
+type eof struct{}
+
+func (eof) Read([]byte) (int, error) { return 0, io.EOF }
+
+// section is a part of a file that closes the file.
+type section struct {
+	*io.SectionReader
+	f *os.File
+}
+
+func (s *section) Close() error { return s.f.Close() }
+
+// Delete removes a layer, unmounting it first. Its bytes go in the background. Nobody may be using it; a layer
+// that does not exist is no error.
+func (s *Store) Delete(ctx context.Context, id ID) error {
+	if !id.valid() {
+		return nil
+	}
+	defer s.locks.lock(id)()
+	s.mu.Lock()
+	delete(s.held, id)
+	delete(s.metas, id)
+	mounted := s.mounts[id]
+	delete(s.mounts, id)
+	s.mu.Unlock()
+	s.indexes.drop(id)
+	if mounted != "" {
+		if err := unmount(mounted); err != nil {
+			return fmt.Errorf("delete layer %s: %w", id, err)
+		}
+	}
+	trash := s.tmpName()
+	if err := os.Rename(s.path(id, ""), trash); err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		return fmt.Errorf("delete layer %s: %w", id, err)
+	}
+	s.removeAll(trash)
+	return nil
+}
+
+// Walk calls fn for every layer, held ones included, in no particular order, until fn returns an error.
+func (s *Store) Walk(ctx context.Context, fn func(Info) error) error {
+	if err := s.loadAll(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	infos := make([]Info, 0, len(s.metas)+len(s.held))
+	for _, m := range s.metas {
+		infos = append(infos, m.info())
+	}
+	for id, h := range s.held {
+		if s.metas[id] == nil {
+			infos = append(infos, Info{ID: id, Content: h.index.Digest(), Form: FormHeld})
+		}
+	}
+	s.mu.Unlock()
+	for _, info := range infos {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		if err := fn(info); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadAll reads the info of every layer on disk once.
+func (s *Store) loadAll() error {
+	s.mu.Lock()
+	done := s.all
+	s.mu.Unlock()
+	if done {
+		return nil
+	}
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return fmt.Errorf("layer store: %w", err)
+	}
+	for _, e := range entries {
+		if id := ID(e.Name()); id.valid() {
+			_, _ = s.meta(id) // an unreadable one has been logged
+		}
+	}
+	s.mu.Lock()
+	s.all = true
+	s.mu.Unlock()
+	return nil
+}
+
+// tmpName returns a fresh name below tmp.
+func (s *Store) tmpName() string {
+	return filepath.Join(s.dir, "tmp", randomName())
+}
+
+func randomName() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// newTmp makes a directory for a layer to be put together in.
+func (s *Store) newTmp() (string, error) {
+	dir := s.tmpName()
+	return dir, os.Mkdir(dir, 0o700)
+}
+
+// install makes the layer in tmp visible under m.ID. If there is one of that ID already, tmp is dropped and that
+// one counts. durable says that the files have been synced and the rename must be too.
+func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error {
+	if durable {
+		if err := syncPath(tmp); err != nil {
+			return err
+		}
+	}
+	err := os.Rename(tmp, s.path(m.ID, ""))
+	if errors.Is(err, syscall.EEXIST) || errors.Is(err, syscall.ENOTEMPTY) {
+		if _, merr := s.meta(m.ID); merr == nil {
+			s.removeAll(tmp)
+			return nil
+		}
+		// What is there is damaged: out of the way with it.
+		trash := s.tmpName()
+		if err := os.Rename(s.path(m.ID, ""), trash); err != nil {
+			return err
+		}
+		s.removeAll(trash)
+		err = os.Rename(tmp, s.path(m.ID, ""))
+	}
+	if err != nil {
+		return err
+	}
+	if durable {
+		if err := syncPath(s.dir); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	s.metas[m.ID] = m
+	s.mu.Unlock()
+	s.indexes.put(m.ID, x)
+	return nil
+}
+
+// writeFile writes a small file, synced if durable.
+func writeFile(path string, b []byte, durable bool) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	if durable {
+		if err := f.Sync(); err != nil {
+			return err
+		}
+	}
+	return f.Close()
+}
+
+func writeMeta(path string, m *meta, durable bool) error {
+	b, err := json.MarshalIndent(m, "", "\t")
+	if err != nil {
+		return err
+	}
+	return writeFile(path, append(b, '\n'), durable)
+}
+
+func syncPath(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// diskUsage returns what the files right inside dir occupy.
+func diskUsage(dir string) int64 {
+	var total int64
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		var st unix.Stat_t
+		if unix.Lstat(filepath.Join(dir, e.Name()), &st) == nil {
+			total += st.Blocks * 512
+		}
+	}
+	return total
+}
+
+// idLocks is a lock for each ID that is being worked on.
+type idLocks struct {
+	mu   sync.Mutex // guards byID and the counts in it
+	byID map[ID]*idLock
+}
+
+type idLock struct {
+	sync.Mutex
+	users int
+}
+
+// lock takes the lock of id and returns what gives it back.
+func (l *idLocks) lock(id ID) (unlock func()) {
+	l.mu.Lock()
+	if l.byID == nil {
+		l.byID = map[ID]*idLock{}
+	}
+	one := l.byID[id]
+	if one == nil {
+		one = &idLock{}
+		l.byID[id] = one
+	}
+	one.users++
+	l.mu.Unlock()
+	one.Lock()
+	return func() {
+		one.Unlock()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if one.users--; one.users == 0 {
+			delete(l.byID, id)
+		}
+	}
+}

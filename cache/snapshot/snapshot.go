@@ -1,9 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package snapshot mounts stacks of layers. A Snapshot is a value: the names of its layers.
+//
+// A Store mounts a snapshot as an overlay over its layers, read-only or with an upper directory that Commit
+// turns into one more layer. Unmounting happens in the background: nobody waits for it but Close and a mount
+// that needs the very directory. What a snapshot contains can be asked of its View, without a mount.
 package snapshot
 
-import "github.com/seed-68981b69/slipway/cache/layer"
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"io/fs"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/layer"
+)
 
 // Snapshot is a root file system as a value: its layers, lowest first. nil is an empty root ("scratch").
 type Snapshot []layer.ID
+
+// Layers is what a Store needs of the layer store; *layer.Store has it.
+type Layers interface {
+	Stat(context.Context, layer.ID) (layer.Info, error)
+	Index(context.Context, layer.ID) (*index.Index, error)
+	OpenFile(ctx context.Context, id layer.ID, path string) (io.ReadCloser, error)
+	Mount(context.Context, layer.ID) (dir string, err error)
+	NewUpper(context.Context) (dir string, err error)
+	CommitTreeOver(ctx context.Context, upper string, root index.Entry) (layer.ID, error)
+}
+
+// View is what a snapshot shows when it is mounted, read without a mount. It implements layer.Files. It is
+// immutable and safe for concurrent use; it needs its layers only to open files.
+type View struct {
+	*index.View
+	layers Layers
+	snap   Snapshot
+}
+
+// View returns the merged view of snap.
+func (s *Store) View(ctx context.Context, snap Snapshot) (*View, error) {
+	stack := make([]*index.Index, len(snap))
+	for i, id := range snap {
+		x, err := s.layers.Index(ctx, id)
+		if err != nil {
+			return nil, fmt.Errorf("view snapshot: %w", err)
+		}
+		stack[i] = x
+	}
+	return &View{View: index.Merge(stack...), layers: s.layers, snap: snap}, nil
+}
+
+// OpenFile opens the regular file at path, a clean path whose symlinks are not followed. Errors wrap
+// fs.ErrNotExist or fs.ErrInvalid (it is something else).
+func (v *View) OpenFile(ctx context.Context, path string) (io.ReadCloser, error) {
+	e, ok := v.Lookup(path)
+	if !ok {
+		return nil, &fs.PathError{Op: "open", Path: "/" + path, Err: fs.ErrNotExist}
+	}
+	if e.Type != index.File {
+		return nil, &fs.PathError{Op: "open", Path: "/" + path, Err: fmt.Errorf("not a regular file: %w", fs.ErrInvalid)}
+	}
+	i, _ := v.Layer(path)
+	return v.layers.OpenFile(ctx, v.snap[i], path)
+}
+
+// Content returns a digest over the content digests of snap's layers, in order. Equal digests mean equal file
+// systems; the same files split into other layers have another digest.
+func (s *Store) Content(ctx context.Context, snap Snapshot) (digest.Digest, error) {
+	h := sha256.New()
+	io.WriteString(h, "slipway snapshot v1\n")
+	for _, id := range snap {
+		info, err := s.layers.Stat(ctx, id)
+		if err != nil {
+			return "", fmt.Errorf("content of snapshot: %w", err)
+		}
+		fmt.Fprintln(h, info.Content)
+	}
+	return digest.NewDigest(digest.SHA256, h), nil
+}

@@ -1,0 +1,79 @@
+# Slipway: `make` lists what there is to do.
+
+GO        ?= go
+BIN       := bin/slipway
+RUNNER    := executor/runc/runner/slipway-runner
+TMP       := $(CURDIR)/.tmp
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOFUMPT   := mvdan.cc/gofumpt@v0.12.0
+
+# What the build needs, what the tests need besides, and what the demo needs besides, from Debian.
+BUILD_PACKAGES := libseccomp-dev pkg-config gcc libc6-dev ca-certificates
+TEST_PACKAGES  := busybox-static skopeo mmdebstrap nftables iproute2
+DEMO_PACKAGES  := busybox-static mmdebstrap curl
+
+.DEFAULT_GOAL := help
+.PHONY: help build runner deps-build deps-test deps-demo test race script realworld fuzz lint golden demo check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# apt-install installs what is missing of its arguments and says so; nothing when all is there.
+define apt-install
+	@missing=; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ]; then echo "make: these Debian packages are needed, install them as root: $$missing" >&2; exit 1; fi; \
+		echo "make: installing$$missing"; \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$missing; } >$${TMPDIR:-/tmp}/slipway-apt.log 2>&1 \
+			|| { tail -20 $${TMPDIR:-/tmp}/slipway-apt.log >&2; exit 1; }; \
+	fi
+endef
+
+deps-build:
+	$(call apt-install,$(BUILD_PACKAGES))
+
+deps-test: deps-build
+	$(call apt-install,$(TEST_PACKAGES))
+
+deps-demo: deps-build
+	$(call apt-install,$(DEMO_PACKAGES))
+
+runner: deps-build
+	CGO_ENABLED=1 $(GO) build -trimpath -tags "netgo osusergo seccomp" -ldflags "-s -w -linkmode external -extldflags -static" -o $(RUNNER) ./cmd/slipway-runner
+
+build: runner ## build bin/slipway, installing the few packages that needs
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(BIN) ./cmd/slipway
+
+test: deps-test runner ## run all tests, installing what they need (as root: with containers and mounts)
+	@[ "$$(id -u)" = 0 ] || echo "make: NOT ROOT: everything that needs containers, mounts or namespaces will be SKIPPED" >&2
+	$(GO) test ./...
+
+race: deps-test runner ## run the tests of solver, cache and executor under the race detector
+	$(GO) test -race ./solver/... ./cache/... ./executor/... ./exporter/... ./frontend/... ./engine/...
+
+script: deps-test runner ## run the end-to-end scripts only
+	$(GO) test -count=1 -run 'TestScript' ./cmd/slipway
+
+realworld: deps-test runner ## build the Dockerfiles in testdata/realworld only (apt, npm, Go modules)
+	$(GO) test -count=1 -v -run 'TestRealWorld' ./cmd/slipway
+
+fuzz: ## run each fuzz target for 20 seconds
+	@for pkg in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+		echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 20s $$pkg || exit 1; done; done
+
+lint: deps-build ## go vet, staticcheck, gofumpt
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	@out=$$($(GO) run $(GOFUMPT) -l .); [ -z "$$out" ] || { echo "gofumpt would change:"; echo "$$out"; exit 1; }
+
+golden: ## rewrite golden files from what the code does now; review the diff
+	$(GO) test ./executor/runc -run Golden -update
+
+demo: build deps-demo ## build, push and run a small web service, and print its page with the times
+	@SLIPWAY=$(CURDIR)/$(BIN) sh testdata/demo/demo.sh
+
+check: lint test race ## what CI runs
+
+clean: ## remove what was built
+	rm -rf bin .tmp $(RUNNER)

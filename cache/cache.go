@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cache is everything that lasts: blobs, layers, snapshots, records and images in one directory, owned by one
+// process at a time.
+//
+//	lock        held while the store is open; has the process ID of its owner
+//	version     the version of this layout
+//	content/    blobs, as an OCI image layout (package blob)
+//	layers/     file trees (package layer)
+//	snapshots/  mount points (package snapshot)
+//	records/    the action cache, image names and other facts (package record)
+//
+// What names what: images and records name layers and blobs; nothing that is named is deleted. Work that is
+// under way holds a Lease, which puts every deletion off until it is released.
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/seed-68981b69/slipway/cache/blob"
+	"github.com/seed-68981b69/slipway/cache/image"
+	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
+)
+
+// layoutVersion is what the version file says. It changes when an older program must not touch the directory.
+const layoutVersion = 1
+
+// Store is an open state directory. Its methods, and those of its parts, may be called concurrently.
+type Store struct {
+	// Dir is the absolute path of the directory.
+	Dir       string
+	Blobs     *blob.Store
+	Layers    *layer.Store
+	Snapshots *snapshot.Store
+	Records   *record.Store
+	Images    *image.Store
+
+	lock *os.File
+
+	// sweeping is held for reading while a lease is made, and for writing while a sweep deletes.
+	sweeping sync.RWMutex
+	sweeps   sync.WaitGroup // sweeps begun by Lease.Release
+
+	mu     sync.Mutex
+	leases map[*Lease]bool
+	// sweepDue says that something was left for the next sweep because of a lease.
+	sweepDue bool
+	closed   bool
+}
+
+// Open opens the store in dir, which is created when it is missing; nobody but its owner may enter it. It fails with an error that wraps
+// ErrLocked while another process has it open. What a killed process has left half done is cleaned up.
+func Open(ctx context.Context, dir string) (_ *Store, err error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	dir, err = filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	s := &Store{Dir: dir, leases: map[*Lease]bool{}}
+	if s.lock, err = lock(dir); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			s.closeParts()
+		}
+	}()
+	if err := restrict(dir); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if err := checkVersion(dir); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	// Overlays before the layers that they are made of.
+	if err := snapshot.Clean(s.path("snapshots")); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if s.Blobs, err = blob.Open(s.path("content")); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if s.Layers, err = layer.Open(s.path("layers"), layer.Options{}); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if s.Snapshots, err = snapshot.Open(s.path("snapshots"), s.Layers); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if s.Records, err = record.Open(s.path("records")); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if s.Images, err = image.Open(s.Records, s.Blobs, s.holdBlob); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Store) path(name string) string { return filepath.Join(s.Dir, name) }
+
+// Sync makes every record that was put so far durable, with what it names (record.Store.Sync). Until then a power
+// cut, though not the death of the process, costs them. It may take long; call it in the background after a build.
+func (s *Store) Sync(ctx context.Context) error {
+	return s.Records.Sync(ctx, s.path("layers"))
+}
+
+// Close unmounts everything and lets another process open the store. Nobody may be using it any more. It does not
+// call Sync.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	s.mu.Unlock()
+	s.sweeps.Wait()
+	return s.closeParts()
+}
+
+// closeParts closes what Open has opened, in the opposite order: mounts before the layers in them, and the lock last.
+func (s *Store) closeParts() error {
+	var errs []error
+	if s.Records != nil {
+		errs = append(errs, s.Records.Close())
+	}
+	if s.Snapshots != nil {
+		s.Snapshots.Close()
+	}
+	if s.Layers != nil {
+		errs = append(errs, s.Layers.Close())
+	}
+	errs = append(errs, unlock(s.lock))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("close store: %w", err)
+	}
+	return nil
+}
+
+// restrict takes the rights of others on dir away: set-user-ID programs and secrets lie below. A directory that
+// is not a store, nor empty but for our lock, is somebody's choice and stays as it is.
+func restrict(dir string) error {
+	st, err := os.Stat(dir)
+	if err != nil || st.Mode().Perm()&0o077 == 0 {
+		return err
+	}
+	if _, err := os.Stat(filepath.Join(dir, "version")); errors.Is(err, os.ErrNotExist) {
+		if names, err := os.ReadDir(dir); err != nil || len(names) > 1 {
+			return err
+		}
+	}
+	return os.Chmod(dir, 0o700)
+}
+
+// checkVersion compares the version file of dir with what this program knows, and writes it in a new store.
+func checkVersion(dir string) error {
+	path := filepath.Join(dir, "version")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return writeVersion(path)
+	}
+	if err != nil {
+		return err
+	}
+	v, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %q is no layout version; if %s is a slipway store, write %d there", path, b, dir, layoutVersion)
+	case v > layoutVersion:
+		return fmt.Errorf("%s was written by a newer slipway (layout version %d, this program knows %d): use that one, or another directory", dir, v, layoutVersion)
+	}
+	return nil
+}
+
+func writeVersion(path string) error {
+	tmp := path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := fmt.Fprintln(f, layoutVersion); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// holdBlob says that a blob must stay although its image was removed: somebody may be about to name it again.
+func (s *Store) holdBlob(digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.leases) == 0 {
+		return false
+	}
+	s.sweepDue = true
+	return true
+}

@@ -1,0 +1,565 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package record
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+	"golang.org/x/sys/unix"
+)
+
+// The first bytes of a key say what is behind it:
+//
+//	r/KEY            a record
+//	p/KEY            KEY's record is not durable yet; the value is the number of the Put that wrote it
+//	v/BUCKET/KEY     a value
+const (
+	recordPrefix  = "r/"
+	pendingPrefix = "p/"
+	valuePrefix   = "v/"
+)
+
+const (
+	// maxValueBytes bounds a value and an encoded record: what is larger belongs in a blob.
+	maxValueBytes = 1 << 20
+	// maxKeyBytes is well below what Badger takes (65,000) and far above any key we make.
+	maxKeyBytes = 4096
+	// minFreeBytes must be left on the file system for a write. Badger writes to sparse files that it has mapped into
+	// memory, where a full disk is not an error but a SIGBUS; its files grow by no more than this between two checks.
+	minFreeBytes = 64 << 20
+	// minFreeToDelete is enough to open the database and to delete, which is how a full disk gets room again.
+	minFreeToDelete = 4 << 20
+	// touchInterval is how exact LastUsed is: a Touch sooner after the last one writes nothing.
+	touchInterval = time.Minute
+	// batchBytes and batchKeys bound one transaction, below Badger's own limits for the memtable size below.
+	batchBytes = 1 << 20
+	batchKeys  = 4096
+)
+
+// ErrInUse is returned by Open when another process (or this one) has the database open.
+var ErrInUse = errors.New("the record database is open in another process")
+
+// Store is an open database. Its methods may be called concurrently. One process at a time has it open.
+type Store struct {
+	db  *badger.DB
+	dir string
+	log *slog.Logger
+
+	bootID string
+	now    func() time.Time
+
+	mu  sync.Mutex // held by every write: read-modify-write of a record, and the order of puts and Sync
+	put uint64     // number of the last Put, unique within this boot: see nextPut
+
+	syncMu  sync.Mutex          // one Sync at a time; guards syncDir
+	syncDir map[string]*os.File // kept open, so that syncfs reports every write error since the first call
+}
+
+// Open opens the database in dir, making it when there is none. A database that Badger cannot read is moved
+// aside (dir + ".broken-TIME") with an error in the log, and an empty one is begun: a lost cache costs
+// time, refusing to start would cost the build.
+func Open(dir string) (*Store, error) {
+	log := slog.Default().With("store", "record")
+	bootID, err := readBootID()
+	if err != nil {
+		return nil, fmt.Errorf("open record database: %w", err)
+	}
+	db, err := openBadger(dir, log)
+	if err != nil && unreadable(err) {
+		aside := dir + ".broken-" + time.Now().UTC().Format("20060102T150405.000")
+		log.Error("the record database cannot be read and is put aside; the build cache and image names begin anew",
+			"dir", dir, "aside", aside, "error", err)
+		if err := os.Rename(dir, aside); err != nil {
+			return nil, fmt.Errorf("put aside unreadable record database: %w", err)
+		}
+		db, err = openBadger(dir, log)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open record database %s: %w", dir, err)
+	}
+	s := &Store{db: db, dir: dir, log: log, bootID: bootID, now: time.Now, syncDir: map[string]*os.File{}}
+	// Two engines of one boot must not give two Puts the same number; the clock cannot stand still between them.
+	s.put = uint64(time.Now().UnixNano())
+	return s, nil
+}
+
+func openBadger(dir string, log *slog.Logger) (*badger.DB, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := room(dir, minFreeToDelete); err != nil {
+		return nil, err
+	}
+	// Sized for a tool that is started and stopped, not for a server: MEASURED.md F (20 MB resident, opens in 10 ms).
+	opt := badger.DefaultOptions(dir).
+		WithMemTableSize(8 << 20).
+		WithNumMemtables(2).
+		WithValueLogFileSize(16 << 20).
+		WithValueThreshold(maxValueBytes).
+		WithCompression(options.None).
+		WithBlockCacheSize(0).
+		WithNumCompactors(2).
+		WithNumGoroutines(1).
+		WithMetricsEnabled(false).
+		WithDetectConflicts(false). // Store.mu makes writes one at a time
+		WithChecksumVerificationMode(options.OnBlockRead).
+		WithSyncWrites(false). // see write
+		WithLogger(badgerLog{log})
+	db, err := badger.Open(opt)
+	if err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock") {
+		return nil, ErrInUse // Badger has no sentinel for it
+	}
+	return db, err
+}
+
+// unreadable tells damaged contents from trouble with the system, which putting the database aside would not cure.
+// Badger does not always wrap what the kernel said, so that its words have to do.
+func unreadable(err error) bool {
+	if errors.Is(err, ErrInUse) {
+		return false
+	}
+	for _, errno := range []syscall.Errno{
+		unix.EACCES, unix.EPERM, unix.EROFS, unix.ENOSPC, unix.EDQUOT, unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EIO, unix.ENOTDIR,
+	} {
+		if errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error()) {
+			return false
+		}
+	}
+	return true
+}
+
+func readBootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}
+
+// Close closes the database. The store must not be used any more.
+func (s *Store) Close() error {
+	s.syncMu.Lock()
+	for _, f := range s.syncDir {
+		f.Close()
+	}
+	s.syncDir = nil
+	s.syncMu.Unlock()
+	if err := s.db.Close(); err != nil {
+		return fmt.Errorf("close record database: %w", err)
+	}
+	return nil
+}
+
+// Get returns the record of key. An unreadable record and one that does not count any more (not durable, of
+// another boot) are misses and are deleted; an error is trouble with the database itself.
+func (s *Store) Get(ctx context.Context, key string) (*Record, bool, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, false, context.Cause(ctx)
+	}
+	raw, err := s.get(recordPrefix + key)
+	if err != nil || raw == nil {
+		return nil, false, err
+	}
+	rec, err := s.check(raw)
+	if err != nil {
+		s.quarantine(recordPrefix+key, raw, err)
+		return nil, false, nil
+	}
+	return rec, true, nil
+}
+
+// errStale is a record of another boot that never became durable.
+var errStale = errors.New("written before a reboot and never made durable")
+
+// check decodes a record and says whether it counts.
+func (s *Store) check(raw []byte) (*Record, error) {
+	rec, err := decodeRecord(raw)
+	if err != nil {
+		return nil, err
+	}
+	if !rec.Durable && rec.BootID != s.bootID {
+		return nil, errStale
+	}
+	return rec, nil
+}
+
+// Item is a record and the keys it is put under.
+type Item struct {
+	Record *Record
+	Keys   []string
+}
+
+// Put stores rec under each of keys, replacing what was there. BootID is set by Put; Created and LastUsed when
+// they are zero. rec itself is not changed.
+//
+// A record that says Durable is on disk when Put returns. One that is not is safe against the death of the
+// process, not of the machine: it would not count after a reboot, so waiting for the disk would gain nothing.
+func (s *Store) Put(ctx context.Context, rec *Record, keys ...string) error {
+	return s.PutBatch(ctx, []Item{{rec, keys}})
+}
+
+// PutBatch is Put of many records, which reach the disk together. It is not atomic: after an error or a crash a
+// part of them may be there.
+func (s *Store) PutBatch(ctx context.Context, items []Item) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	now := s.now().UTC()
+	durable := false
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var w writes
+	for _, it := range items {
+		rec := *it.Record
+		rec.BootID = s.bootID
+		if rec.Created.IsZero() {
+			rec.Created = now
+		}
+		if rec.LastUsed.IsZero() {
+			rec.LastUsed = now
+		}
+		raw, err := encodeRecord(&rec)
+		if err != nil {
+			return err
+		}
+		durable = durable || rec.Durable
+		for _, key := range it.Keys {
+			w.set(recordPrefix+key, raw)
+			if rec.Durable {
+				w.del(pendingPrefix + key)
+			} else {
+				w.set(pendingPrefix+key, s.nextPut())
+			}
+		}
+	}
+	if err := s.write(w, durable); err != nil {
+		return fmt.Errorf("put record: %w", err)
+	}
+	return nil
+}
+
+// nextPut numbers a Put of a record that is not durable. The caller holds mu.
+func (s *Store) nextPut() []byte {
+	s.put++
+	return binary.BigEndian.AppendUint64(nil, s.put)
+}
+
+// Delete removes the records of keys; those that are not there are passed over.
+func (s *Store) Delete(ctx context.Context, keys ...string) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var w writes
+	for _, key := range keys {
+		w.del(recordPrefix + key)
+		w.del(pendingPrefix + key)
+	}
+	if err := s.write(w, true); err != nil {
+		return fmt.Errorf("delete record: %w", err)
+	}
+	return nil
+}
+
+// Touch notes that the records of keys were used now, to the minute. Keys without a record are passed over. It
+// does not wait for the disk.
+func (s *Store) Touch(keys ...string) error {
+	now := s.now().UTC()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var w writes
+	for _, key := range keys {
+		raw, err := s.get(recordPrefix + key)
+		if err != nil {
+			return fmt.Errorf("touch record: %w", err)
+		}
+		if raw == nil {
+			continue
+		}
+		rec, err := s.check(raw)
+		if err != nil || now.Sub(rec.LastUsed) < touchInterval {
+			continue
+		}
+		rec.LastUsed = now
+		if raw, err = encodeRecord(rec); err != nil {
+			return fmt.Errorf("touch record: %w", err)
+		}
+		w.set(recordPrefix+key, raw)
+	}
+	if err := s.write(w, false); err != nil {
+		return fmt.Errorf("touch record: %w", err)
+	}
+	return nil
+}
+
+// Walk calls fn for every record that counts, in the order of the keys, as they were when Walk began. fn may
+// call any method of the store. Unreadable records and those that do not count any more are deleted.
+func (s *Store) Walk(ctx context.Context, fn func(key string, rec *Record) error) error {
+	type bad struct {
+		key string
+		raw []byte
+		err error
+	}
+	var bads []bad
+	err := s.scan(ctx, recordPrefix, func(key string, raw []byte) error {
+		rec, err := s.check(raw)
+		if err != nil {
+			bads = append(bads, bad{recordPrefix + key, bytes.Clone(raw), err})
+			return nil
+		}
+		return fn(key, rec)
+	})
+	for _, b := range bads {
+		s.quarantine(b.key, b.raw, b.err)
+	}
+	return err
+}
+
+// Sync makes every record that was put before the call durable: everything written to the file system of dir
+// (where the layers are) goes to the disk with one syncfs, then the records are marked. It may take as long as
+// the disk has work; call it in the background.
+func (s *Store) Sync(ctx context.Context, dir string) error {
+	s.syncMu.Lock()
+	defer s.syncMu.Unlock()
+	// What is put from here on may name layers that this syncfs has missed: the number of the Put tells.
+	pending := map[string][]byte{}
+	err := s.scan(ctx, pendingPrefix, func(key string, number []byte) error {
+		pending[key] = bytes.Clone(number)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("sync store: %w", err)
+	}
+	if len(pending) == 0 {
+		return nil
+	}
+	if err := s.syncfs(dir); err != nil {
+		return fmt.Errorf("sync file system of %s: %w", dir, err)
+	}
+	if err := s.markDurable(pending); err != nil {
+		return fmt.Errorf("mark records durable: %w", err)
+	}
+	return nil
+}
+
+// syncfs writes the file system of dir to its disk. The caller holds syncMu.
+func (s *Store) syncfs(dir string) error {
+	f := s.syncDir[dir]
+	if f == nil {
+		if s.syncDir == nil {
+			return os.ErrClosed
+		}
+		var err error
+		if f, err = os.Open(dir); err != nil {
+			return err
+		}
+		s.syncDir[dir] = f
+	}
+	return unix.Syncfs(int(f.Fd()))
+}
+
+// markDurable marks the records of pending that were not put again since, and writes them to the disk.
+func (s *Store) markDurable(pending map[string][]byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var w writes
+	for key, number := range pending {
+		now, err := s.get(pendingPrefix + key)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(now, number) {
+			continue
+		}
+		w.del(pendingPrefix + key)
+		raw, err := s.get(recordPrefix + key)
+		if err != nil {
+			return err
+		}
+		rec, err := s.check(raw)
+		if err != nil { // also a record of an earlier boot: what it names was never synced in that boot
+			w.del(recordPrefix + key)
+			continue
+		}
+		rec.Durable = true
+		if raw, err = encodeRecord(rec); err != nil {
+			return err
+		}
+		w.set(recordPrefix+key, raw)
+	}
+	return s.write(w, true)
+}
+
+// quarantine deletes the value raw of key, which cannot be used because of why, unless it was replaced meanwhile.
+func (s *Store) quarantine(key string, raw []byte, why error) {
+	level := slog.LevelWarn
+	if errors.Is(why, errStale) {
+		level = slog.LevelDebug // the normal course of things after a reboot
+	}
+	s.log.Log(context.Background(), level, "dropping a value that cannot be used", "key", key, "bytes", len(raw), "error", why)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now, err := s.get(key); err != nil || !bytes.Equal(now, raw) {
+		return
+	}
+	var w writes
+	w.del(key)
+	if k, ok := strings.CutPrefix(key, recordPrefix); ok {
+		w.del(pendingPrefix + k)
+	}
+	if err := s.write(w, false); err != nil {
+		s.log.Error("drop unusable value", "key", key, "error", err)
+	}
+}
+
+// get returns the raw value of a prefixed key, nil when there is none. A block of the database that fails its checksum
+// is none as well, with an error in the log.
+func (s *Store) get(key string) ([]byte, error) {
+	var raw []byte
+	err := s.db.View(func(txn *badger.Txn) error {
+		it, err := txn.Get([]byte(key))
+		if err != nil {
+			return err
+		}
+		if raw, err = it.ValueCopy(nil); err == nil && raw == nil {
+			raw = []byte{}
+		}
+		return err
+	})
+	switch {
+	case errors.Is(err, badger.ErrKeyNotFound):
+		return nil, nil
+	case err != nil && strings.Contains(err.Error(), "checksum"):
+		s.log.Error("a damaged part of the record database is passed over", "key", key, "error", err)
+		return nil, nil
+	}
+	return raw, err
+}
+
+// scan calls fn for every key with the prefix, which is cut off; raw is only valid during the call.
+func (s *Store) scan(ctx context.Context, prefix string, fn func(key string, raw []byte) error) error {
+	return s.db.View(func(txn *badger.Txn) error {
+		opt := badger.DefaultIteratorOptions
+		opt.Prefix = []byte(prefix)
+		it := txn.NewIterator(opt)
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			key := string(it.Item().Key()[len(prefix):])
+			if err := it.Item().Value(func(raw []byte) error { return fn(key, raw) }); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// writes is a list of changes; a nil value deletes.
+type writes []struct {
+	key   string
+	value []byte
+}
+
+func (w *writes) set(key string, value []byte) {
+	*w = append(*w, struct {
+		key   string
+		value []byte
+	}{key, value})
+}
+
+func (w *writes) del(key string) { w.set(key, nil) }
+
+// write carries out w, in order, in as few transactions as Badger allows. The caller holds mu.
+//
+// Badger's log is mapped into memory: what a transaction has written outlives the process at once, and the
+// machine after db.Sync.
+func (s *Store) write(w writes, sync bool) error {
+	if len(w) == 0 {
+		return nil
+	}
+	need := int64(minFreeToDelete)
+	for _, c := range w {
+		if c.value != nil {
+			need = minFreeBytes
+		}
+		if len(c.key) > maxKeyBytes {
+			return fmt.Errorf("key of %d bytes is too long (%q…)", len(c.key), c.key[:64])
+		}
+		if len(c.value) > maxValueBytes {
+			return fmt.Errorf("value of %d bytes is too large for the record database (key %q)", len(c.value), c.key)
+		}
+	}
+	if err := room(s.dir, need); err != nil {
+		return err
+	}
+	for len(w) > 0 {
+		n, bytes := 0, 0
+		for n < len(w) && n < batchKeys {
+			bytes += len(w[n].key) + len(w[n].value) + 64
+			if n > 0 && bytes > batchBytes {
+				break
+			}
+			n++
+		}
+		err := s.db.Update(func(txn *badger.Txn) error {
+			for _, c := range w[:n] {
+				var err error
+				if c.value == nil {
+					err = txn.Delete([]byte(c.key))
+				} else {
+					err = txn.Set([]byte(c.key), c.value)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		w = w[n:]
+	}
+	if sync {
+		return s.db.Sync()
+	}
+	return nil
+}
+
+// room is an error that wraps ENOSPC when fewer than need bytes are left on the file system of dir.
+func room(dir string, need int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	if free := int64(st.Bavail) * st.Bsize; free < need {
+		return fmt.Errorf("%s: %w: %d MB left, at least %d MB are needed", filepath.Clean(dir), unix.ENOSPC, free>>20, need>>20)
+	}
+	return nil
+}
+
+// badgerLog sends Badger's log to slog, where only debugging shows it; its errors also come back as errors.
+type badgerLog struct{ log *slog.Logger }
+
+func (l badgerLog) print(format string, v ...any) {
+	if l.log.Enabled(context.Background(), slog.LevelDebug) {
+		l.log.Debug("badger: " + strings.TrimSpace(fmt.Sprintf(format, v...)))
+	}
+}
+func (l badgerLog) Errorf(format string, v ...any)   { l.print(format, v...) }
+func (l badgerLog) Warningf(format string, v ...any) { l.print(format, v...) }
+func (l badgerLog) Infof(format string, v ...any)    { l.print(format, v...) }
+func (l badgerLog) Debugf(format string, v ...any)   { l.print(format, v...) }

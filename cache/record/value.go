@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package record
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// GetValue returns the value of key in bucket. An unreadable value is logged, deleted and not there.
+func (s *Store) GetValue(bucket, key string) ([]byte, bool, error) {
+	name, err := valueKey(bucket, key)
+	if err != nil {
+		return nil, false, err
+	}
+	raw, err := s.get(name)
+	if err != nil || raw == nil {
+		return nil, false, err
+	}
+	value, err := unseal(raw)
+	if err != nil {
+		s.quarantine(name, raw, err)
+		return nil, false, nil
+	}
+	return value, true, nil
+}
+
+// PutValue sets the value of key in bucket, for facts that can be found again: it outlives the process, but does not
+// wait for the disk, so that a power cut may undo it. Values are at most 1 MiB.
+func (s *Store) PutValue(bucket, key string, value []byte) error {
+	if value == nil {
+		value = []byte{} // nil would delete
+	}
+	return s.changeValues(bucket, map[string][]byte{key: value}, false)
+}
+
+// DeleteValue removes key from bucket, if it is there; a power cut may undo it.
+func (s *Store) DeleteValue(bucket, key string) error {
+	return s.changeValues(bucket, map[string][]byte{key: nil}, false)
+}
+
+// ChangeValues sets the values of several keys of bucket, and removes the keys whose value is nil. It is on disk
+// when ChangeValues returns. After a crash all of it or nothing is there when it is small (about 1 MiB in sum).
+func (s *Store) ChangeValues(bucket string, change map[string][]byte) error {
+	return s.changeValues(bucket, change, true)
+}
+
+func (s *Store) changeValues(bucket string, change map[string][]byte, sync bool) error {
+	var w writes
+	for _, key := range slices.Sorted(maps.Keys(change)) {
+		name, err := valueKey(bucket, key)
+		if err != nil {
+			return err
+		}
+		if value := change[key]; value == nil {
+			w.del(name)
+		} else {
+			w.set(name, seal(value))
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.write(w, sync); err != nil {
+		return fmt.Errorf("change values of %s: %w", bucket, err)
+	}
+	return nil
+}
+
+// WalkValues calls fn for every key of bucket, in the order of the keys, as they were when it began. fn may keep value and
+// may call any method of the store.
+func (s *Store) WalkValues(bucket string, fn func(key string, value []byte) error) error {
+	prefix, err := valueKey(bucket, "")
+	if err != nil {
+		return err
+	}
+	bad := map[string][]byte{}
+	err = s.scan(context.Background(), prefix, func(key string, raw []byte) error {
+		value, err := unseal(raw)
+		if err != nil {
+			bad[prefix+key] = bytes.Clone(raw)
+			return nil
+		}
+		return fn(key, bytes.Clone(value))
+	})
+	for _, key := range slices.Sorted(maps.Keys(bad)) {
+		_, why := unseal(bad[key])
+		s.quarantine(key, bad[key], why)
+	}
+	return err
+}
+
+func valueKey(bucket, key string) (string, error) {
+	if bucket == "" || strings.Contains(bucket, "/") {
+		return "", fmt.Errorf("bucket name %q: must not be empty nor contain a slash", bucket)
+	}
+	return valuePrefix + bucket + "/" + key, nil
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+)
+
+// hosts gives every host that is spoken to (registries, token servers, the stores they redirect to) the
+// connection settings that are configured for it.
+type hosts struct {
+	opts Options
+
+	mu     sync.Mutex // guards byHost and plain
+	byHost map[string]http.RoundTripper
+	plain  *http.Transport
+}
+
+func newHosts(opts Options) *hosts {
+	return &hosts{opts: opts, byHost: map[string]http.RoundTripper{}}
+}
+
+// RoundTrip sends req with the settings of its host.
+func (h *hosts) RoundTrip(req *http.Request) (*http.Response, error) {
+	rt, err := h.transport(req.URL.Host)
+	if err != nil {
+		return nil, err
+	}
+	return rt.RoundTrip(req)
+}
+
+func (h *hosts) transport(host string) (http.RoundTripper, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if rt, ok := h.byHost[host]; ok {
+		return rt, nil
+	}
+	conf, own, err := tlsConfig(h.opts.CertDirs, host)
+	if err != nil {
+		return nil, err
+	}
+	var rt http.RoundTripper
+	switch {
+	case own:
+		rt = newTransport(conf)
+	case h.lenient(host):
+		// Like docker: TLS is tried first, without asking who vouches for it, then plain HTTP.
+		rt = docker.NewHTTPFallback(newTransport(&tls.Config{InsecureSkipVerify: true}))
+	default:
+		if h.plain == nil {
+			h.plain = newTransport(&tls.Config{})
+		}
+		rt = h.plain
+	}
+	h.byHost[host] = rt
+	return rt, nil
+}
+
+func (h *hosts) lenient(host string) bool {
+	return isLoopback(host) || h.opts.Insecure != nil && h.opts.Insecure(host)
+}
+
+// scheme returns how a registry on host is spoken to first.
+func (h *hosts) scheme(host string) string {
+	if h.opts.PlainHTTP != nil && h.opts.PlainHTTP(host) {
+		return "http"
+	}
+	return "https"
+}
+
+func newTransport(conf *tls.Config) *http.Transport {
+	return &http.Transport{
+		Proxy: http.ProxyFromEnvironment,
+		DialContext: (&net.Dialer{
+			Timeout:   15 * time.Second,
+			KeepAlive: 30 * time.Second,
+		}).DialContext,
+		MaxIdleConns:        32,
+		MaxIdleConnsPerHost: 8, // as many as blobs are moved at once, so that none has to connect again
+		IdleConnTimeout:     30 * time.Second,
+		TLSHandshakeTimeout: 10 * time.Second,
+		TLSClientConfig:     conf,
+		// A registry that hashes a large upload before it answers takes long; one that never answers must not hang a build.
+		ResponseHeaderTimeout: 3 * time.Minute,
+		ExpectContinueTimeout: time.Second,
+		// Blobs are compressed already, and their bytes are what is verified.
+		DisableCompression: true,
+	}
+}
+
+// isLoopback says whether host ("name", "name:port", "[v6]:port") is this machine.
+func isLoopback(host string) bool {
+	name := host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		name = h
+	}
+	name = strings.Trim(name, "[]")
+	if name == "localhost" || strings.HasSuffix(name, ".localhost") {
+		return true
+	}
+	ip := net.ParseIP(name)
+	return ip != nil && ip.IsLoopback()
+}
+
+// tlsConfig reads what dirs have for host: *.crt are authorities (beside the system's), *.cert with *.key a client
+// certificate. own says that there was something.
+func tlsConfig(dirs []string, host string) (conf *tls.Config, own bool, err error) {
+	conf = &tls.Config{}
+	if strings.ContainsAny(host, "/\\") || host == "" || host[0] == '.' {
+		return conf, false, nil
+	}
+	names := []string{host}
+	if name, port, err := net.SplitHostPort(host); err == nil {
+		names = append(names, name+"_"+port+"_", name) // containerd's spelling; docker's for every port
+	}
+	for _, dir := range dirs {
+		for _, name := range names {
+			d := filepath.Join(dir, name)
+			files, err := os.ReadDir(d)
+			if os.IsNotExist(err) {
+				continue
+			} else if err != nil {
+				return nil, false, fmt.Errorf("certificates for %s: %w", host, err)
+			}
+			for _, f := range files {
+				p := filepath.Join(d, f.Name())
+				switch {
+				case f.Name() == "hosts.toml":
+					return nil, false, fmt.Errorf("registry settings for %s: not supported yet: %s", host, p)
+				case strings.HasSuffix(p, ".crt"):
+					if err := addAuthority(conf, p); err != nil {
+						return nil, false, err
+					}
+					own = true
+				case strings.HasSuffix(p, ".cert"):
+					pair, err := tls.LoadX509KeyPair(p, strings.TrimSuffix(p, ".cert")+".key")
+					if err != nil {
+						return nil, false, fmt.Errorf("client certificate %s: %w", p, err)
+					}
+					conf.Certificates = append(conf.Certificates, pair)
+					own = true
+				}
+			}
+			if own {
+				return conf, true, nil // the most specific directory decides
+			}
+		}
+	}
+	return conf, false, nil
+}
+
+func addAuthority(conf *tls.Config, path string) error {
+	pem, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("certificate authority %s: %w", path, err)
+	}
+	if conf.RootCAs == nil {
+		if conf.RootCAs, err = x509.SystemCertPool(); err != nil {
+			conf.RootCAs = x509.NewCertPool()
+		}
+	}
+	if !conf.RootCAs.AppendCertsFromPEM(pem) {
+		return fmt.Errorf("certificate authority %s: no PEM certificate in it", path)
+	}
+	return nil
+}
+
+// host returns how the registry that names call host is reached, with the authorizer that keeps its tokens.
+func (r *Registry) host(host string) (docker.RegistryHost, error) {
+	addr := host
+	if host == "docker.io" || host == "index.docker.io" {
+		addr = "registry-1.docker.io"
+	}
+	// Fail here, with a good message, rather than in the middle of a request.
+	if _, err := r.hosts.transport(addr); err != nil {
+		return docker.RegistryHost{}, err
+	}
+	client := &http.Client{Transport: &retry{next: r.hosts, tries: r.opts.Tries, wait: r.opts.Wait}}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	auth, ok := r.authorizers[addr]
+	if !ok {
+		auth = docker.NewDockerAuthorizer(
+			docker.WithAuthClient(client),
+			docker.WithAuthHeader(http.Header{"User-Agent": {userAgent}}),
+			docker.WithAuthCreds(func(h string) (string, string, error) {
+				// The library has no context for us; a client or helper that is gone must not hold a build up for ever.
+				ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+				defer cancel()
+				return r.lookup(ctx, h)
+			}),
+		)
+		r.authorizers[addr] = auth
+	}
+	return docker.RegistryHost{
+		Client:       client,
+		Authorizer:   auth,
+		Host:         addr,
+		Scheme:       r.hosts.scheme(addr),
+		Path:         "/v2",
+		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityPush,
+	}, nil
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+// Command slipway-runner is the small process that calls libcontainer. libcontainer runs its own executable again
+// inside every container, so this one holds nothing else and starts fast. An engine starts one runner and speaks to
+// it over a socket (executor/runc/wire); when the engine's end closes, the runner kills and removes all its
+// containers and exits.
+//
+// It has three faces: without arguments it serves; "init" is libcontainer's first process in a container; "reap" is
+// the small init that users ask for with --init.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+
+	_ "github.com/opencontainers/cgroups/devices" // device filters of cgroups, on both versions
+	"github.com/opencontainers/runc/libcontainer"
+	_ "github.com/opencontainers/runc/libcontainer/nsenter" // must run before the Go runtime starts threads
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/executor/runc/wire"
+)
+
+func init() {
+	if len(os.Args) < 2 {
+		return
+	}
+	switch os.Args[1] {
+	case "init":
+		libcontainer.Init() // does not return
+	case "reap":
+		os.Exit(reap(os.Args[2:]))
+	}
+}
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintf(os.Stderr, "slipway-runner: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	var st unix.Stat_t
+	if err := unix.Fstat(wire.SocketFD, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return fmt.Errorf("this program is started by slipway and has no use on its own")
+	}
+	unix.CloseOnExec(wire.SocketFD)
+	conn, err := wire.Conn(os.NewFile(wire.SocketFD, "engine"))
+	if err != nil {
+		return err
+	}
+	// Standard error goes to the engine's log. Warnings of libcontainer are about hosts, not about steps.
+	logrus.SetOutput(os.Stderr)
+	logrus.SetLevel(logrus.WarnLevel)
+
+	// The terminal's Ctrl-C is for the engine to decide about.
+	signal.Ignore(unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	defer stop()
+	return newServer(conn).serve(ctx)
+}

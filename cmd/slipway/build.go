@@ -1,0 +1,651 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/distribution/reference"
+	dockerconfig "github.com/docker/cli/cli/config"
+	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/session/auth/authprovider"
+	"github.com/moby/buildkit/session/secrets/secretsprovider"
+	"github.com/moby/buildkit/session/sshforward/sshprovider"
+	"github.com/moby/buildkit/solver/errdefs"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"github.com/moby/buildkit/util/progress/progressui"
+	"github.com/opencontainers/go-digest"
+	"github.com/spf13/cobra"
+	"github.com/tonistiigi/fsutil"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
+)
+
+// buildOptions are the flags of build.
+type buildOptions struct {
+	tags          []string
+	file          string
+	target        string
+	buildArgs     []string
+	noCache       bool
+	noCacheFilter []string
+	pull          bool
+	progress      string
+	secrets       []string
+	ssh           []string
+	labels        []string
+	platforms     []string
+	push          bool
+	quiet         bool
+	output        string
+	contexts      []string
+	addHosts      []string
+	network       string
+	allow         []string
+	idFile        string
+	metadataFile  string
+}
+
+func newBuildCommand(a *app) *cobra.Command {
+	var o buildOptions
+	cmd := &cobra.Command{
+		Use:   "build [flags] DIR|URL",
+		Short: "Build an image from a Dockerfile",
+		Args:  args(1, 1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.build(cmd.Context(), o, args[0])
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVarP(&o.tags, "tag", "t", nil, "name of the image, may be repeated")
+	f.StringVarP(&o.file, "file", "f", "", "the Dockerfile, - for standard input (default DIR/Dockerfile)")
+	f.StringVar(&o.target, "target", "", "build this stage")
+	f.StringArrayVar(&o.buildArgs, "build-arg", nil, "set an ARG: KEY=VALUE, or KEY to take it from the environment")
+	f.BoolVar(&o.noCache, "no-cache", false, "run every step again")
+	f.StringSliceVar(&o.noCacheFilter, "no-cache-filter", nil, "run the steps of these stages again")
+	f.BoolVar(&o.pull, "pull", false, "ask the registry even for base images that are here")
+	f.StringVar(&o.progress, "progress", envOr("BUILDKIT_PROGRESS", "auto"), "auto, plain, tty, quiet or rawjson [$BUILDKIT_PROGRESS]")
+	f.StringArrayVar(&o.secrets, "secret", nil, "give a secret to RUN --mount=type=secret: id=ID[,src=FILE|,env=NAME]")
+	f.StringArrayVar(&o.ssh, "ssh", nil, "give an SSH agent or keys to RUN --mount=type=ssh: default|ID[=SOCKET|KEY[,KEY]]")
+	f.StringArrayVar(&o.labels, "label", nil, "set a label of the image: KEY=VALUE")
+	f.StringSliceVar(&o.platforms, "platform", nil, "build for this platform")
+	f.BoolVar(&o.push, "push", false, "push the image to its registry")
+	f.BoolVarP(&o.quiet, "quiet", "q", false, "print only the image's ID")
+	f.StringVarP(&o.output, "output", "o", "", "what to make: type=image[,name=NAME,push=true…] or type=cacheonly (default type=image)")
+	f.StringArrayVar(&o.contexts, "build-context", nil, "one more context: NAME=DIR|docker-image://REF|URL")
+	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP")
+	f.StringVar(&o.network, "network", "", "network of RUN steps: default, none or host")
+	f.StringSliceVar(&o.allow, "allow", nil, "let the Dockerfile ask for network.host or security.insecure")
+	f.StringVar(&o.idFile, "iidfile", "", "write the image's ID to this file")
+	f.StringVar(&o.metadataFile, "metadata-file", "", "write facts about the result to this file, as JSON")
+	return cmd
+}
+
+func envOr(name, value string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return value
+}
+
+// build runs one build and shows it.
+func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
+	solve := bkclient.SolveOpt{
+		Frontend:      "dockerfile.v0",
+		FrontendAttrs: map[string]string{},
+		LocalMounts:   map[string]fsutil.FS{},
+	}
+	cleanup, err := a.addContext(&solve, o.file, dir)
+	if err != nil {
+		return err
+	}
+	defer cleanup()
+	if err := o.addAttrs(&solve); err != nil {
+		return err
+	}
+	for _, spec := range o.contexts {
+		if err := addNamedContext(&solve, spec); err != nil {
+			return err
+		}
+	}
+	if err := o.addExport(&solve); err != nil {
+		return err
+	}
+	if solve.Session, err = a.attachables(o); err != nil {
+		return err
+	}
+	mode := progressui.DisplayMode(o.progress)
+	if o.quiet {
+		mode = progressui.QuietMode
+	}
+	display, err := progressui.NewDisplay(a.stderr(), mode)
+	if err != nil {
+		return fmt.Errorf("--progress %s: %w", o.progress, err)
+	}
+
+	client, err := a.buildkit(ctx)
+	if err != nil {
+		return err
+	}
+	response, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
+	if err != nil {
+		return a.buildError(ctx, err, tail)
+	}
+	return a.buildDone(o, response.ExporterResponse)
+}
+
+// solveAndShow runs the build. The display gets to its end even when the build is canceled. With keepTail it returns the
+// last output of a step that failed.
+func solveAndShow(ctx context.Context, client *bkclient.Client, solve bkclient.SolveOpt, display progressui.Display, keepTail bool) (*bkclient.SolveResponse, []byte, error) {
+	var response *bkclient.SolveResponse
+	events := make(chan *bkclient.SolveStatus)
+	shown := events
+	var tail logTail
+	group := errgroup.Group{}
+	if keepTail {
+		shown = make(chan *bkclient.SolveStatus)
+		group.Go(func() error {
+			defer close(shown)
+			for s := range events {
+				tail.add(s)
+				shown <- s
+			}
+			return nil
+		})
+	}
+	group.Go(func() (err error) {
+		response, err = client.Solve(ctx, nil, solve, events)
+		return err
+	})
+	group.Go(func() error {
+		_, err := display.UpdateFrom(context.WithoutCancel(ctx), shown)
+		return err
+	})
+	err := group.Wait()
+	return response, tail.failed(), err
+}
+
+// logTail keeps the end of every step's output.
+type logTail struct {
+	logs    map[digest.Digest][]byte
+	failure digest.Digest
+}
+
+const maxTail = 8 << 10
+
+func (t *logTail) add(s *bkclient.SolveStatus) {
+	if t.logs == nil {
+		t.logs = map[digest.Digest][]byte{}
+	}
+	for _, l := range s.Logs {
+		kept := append(t.logs[l.Vertex], l.Data...)
+		if extra := len(kept) - maxTail; extra > 0 {
+			kept = bytes.Clone(kept[extra:])
+		}
+		t.logs[l.Vertex] = kept
+	}
+	for _, v := range s.Vertexes {
+		if v.Error != "" && !strings.Contains(v.Error, context.Canceled.Error()) {
+			t.failure = v.Digest
+		}
+	}
+}
+
+func (t *logTail) failed() []byte { return t.logs[t.failure] }
+
+// buildError prints where in the Dockerfile a build has failed and returns one line that says why.
+func (a *app) buildError(ctx context.Context, err error, tail []byte) error {
+	var interrupted *signalError
+	if errors.As(context.Cause(ctx), &interrupted) {
+		return interrupted
+	}
+	if len(tail) > 0 {
+		fmt.Fprintf(a.stderr(), "%s\n", bytes.TrimRight(tail, "\n"))
+	}
+	text := strings.TrimPrefix(message(err), "failed to solve: ")
+	sources := errdefs.Sources(err)
+	for _, s := range sources {
+		_ = s.Print(a.stderr())
+	}
+	if len(sources) > 0 {
+		if s := sources[len(sources)-1]; s.Info != nil && len(s.Ranges) > 0 {
+			place := fmt.Sprintf("%s:%d: ", s.Info.Filename, s.Ranges[0].Start.Line)
+			if !strings.HasPrefix(text, place) {
+				text = place + text
+			}
+		}
+	}
+	if grpcerrors.Code(err) == codes.Unavailable {
+		text = "the engine has ended in the middle of the build: " + text
+	}
+	return errors.New(text)
+}
+
+// buildDone reports the result.
+func (a *app) buildDone(o buildOptions, response map[string]string) error {
+	id := response["containerimage.config.digest"]
+	if o.quiet && id != "" {
+		fmt.Fprintln(a.stdout(), id)
+	}
+	if o.idFile != "" {
+		if id == "" {
+			return fmt.Errorf("--iidfile %s: this output has no image ID", o.idFile)
+		}
+		if err := os.WriteFile(o.idFile, []byte(id), 0o644); err != nil {
+			return fmt.Errorf("--iidfile: %w", err)
+		}
+	}
+	if o.metadataFile != "" {
+		data, err := metadata(response)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(o.metadataFile, data, 0o644); err != nil {
+			return fmt.Errorf("--metadata-file: %w", err)
+		}
+	}
+	return nil
+}
+
+// metadata is the response as JSON; what BuildKit sends as base64 of JSON is unpacked.
+func metadata(response map[string]string) ([]byte, error) {
+	out := map[string]any{}
+	for k, v := range response {
+		out[k] = v
+		if data, err := base64.StdEncoding.DecodeString(v); err == nil {
+			var object map[string]any
+			if json.Unmarshal(data, &object) == nil && len(object) > 0 {
+				out[k] = json.RawMessage(data)
+			}
+		}
+	}
+	data, err := json.MarshalIndent(out, "", "  ")
+	return append(data, '\n'), err
+}
+
+var remoteContext = regexp.MustCompile(`^(https?://|git://|git@|github\.com/)`)
+
+// addContext adds the main context and the Dockerfile.
+func (a *app) addContext(solve *bkclient.SolveOpt, file, dir string) (cleanup func(), err error) {
+	cleanup = func() {}
+	if dir == "-" {
+		return cleanup, errors.New("not supported yet: a context from standard input (use -f - for a Dockerfile)")
+	}
+	if remoteContext.MatchString(dir) {
+		if _, err := os.Stat(dir); err != nil {
+			solve.FrontendAttrs["context"] = dir
+			if file != "" {
+				solve.FrontendAttrs["filename"] = file
+			}
+			return cleanup, nil
+		}
+	}
+	if err := checkDir(dir); err != nil {
+		return cleanup, fmt.Errorf("context %s: %w", dir, err)
+	}
+	if err := addLocal(solve, "context", dir); err != nil {
+		return cleanup, err
+	}
+	if file == "-" {
+		temp, err := stdinDockerfile(a.stdin())
+		if err != nil {
+			return cleanup, fmt.Errorf("Dockerfile from standard input: %w", err)
+		}
+		return func() { _ = os.RemoveAll(temp) }, addLocal(solve, "dockerfile", temp)
+	}
+	if file == "" {
+		file = filepath.Join(dir, "Dockerfile")
+		if _, err := os.Stat(file); err != nil {
+			if lower := filepath.Join(dir, "dockerfile"); exists(lower) {
+				file = lower
+			} else if errors.Is(err, os.ErrNotExist) {
+				return cleanup, fmt.Errorf("no Dockerfile in %s (name another with -f)", dir)
+			}
+		}
+	}
+	info, err := os.Stat(file)
+	if err != nil {
+		return cleanup, fmt.Errorf("Dockerfile %s: %w", file, pathReason(err))
+	}
+	if info.IsDir() {
+		return cleanup, fmt.Errorf("Dockerfile %s: is a directory", file)
+	}
+	solve.FrontendAttrs["filename"] = filepath.Base(file)
+	return cleanup, addLocal(solve, "dockerfile", filepath.Dir(file))
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+func checkDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return pathReason(err)
+	}
+	if !info.IsDir() {
+		return errors.New("not a directory")
+	}
+	return nil
+}
+
+// pathReason is err without the path, for messages that have named it.
+func pathReason(err error) error {
+	var pathError *os.PathError
+	if errors.As(err, &pathError) {
+		return pathError.Err
+	}
+	return err
+}
+
+func stdinDockerfile(in io.Reader) (string, error) {
+	data, err := io.ReadAll(io.LimitReader(in, 16<<20))
+	if err != nil {
+		return "", err
+	}
+	if len(bytes.TrimSpace(data)) == 0 {
+		return "", errors.New("nothing there")
+	}
+	dir, err := os.MkdirTemp("", "slipway-dockerfile-")
+	if err != nil {
+		return "", err
+	}
+	return dir, os.WriteFile(filepath.Join(dir, "Dockerfile"), data, 0o600)
+}
+
+// addLocal offers a directory to the build under a name. An engine on this host with our user may read it itself.
+func addLocal(solve *bkclient.SolveOpt, name, dir string) error {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	// The engine must see what a symlink as context means now, and by our own eyes.
+	if abs, err = filepath.EvalSymlinks(abs); err != nil {
+		return fmt.Errorf("context %s: %w", dir, pathReason(err))
+	}
+	files, err := fsutil.NewFS(abs)
+	if err != nil {
+		return fmt.Errorf("context %s: %w", dir, err)
+	}
+	solve.LocalMounts[name] = files
+	if host, err := buildkitapi.HostID(); err == nil {
+		solve.FrontendAttrs[buildkitapi.HostAttr] = host
+		solve.FrontendAttrs[buildkitapi.LocalDirAttr+name] = abs
+	}
+	return nil
+}
+
+// addNamedContext adds what --build-context names.
+func addNamedContext(solve *bkclient.SolveOpt, spec string) error {
+	name, value, ok := strings.Cut(spec, "=")
+	if !ok || name == "" || value == "" {
+		return fmt.Errorf("--build-context %s: want NAME=DIR, NAME=docker-image://REF or NAME=URL", spec)
+	}
+	named, err := reference.ParseNormalizedNamed(name)
+	if err != nil {
+		return fmt.Errorf("--build-context %s: %w", spec, err)
+	}
+	name = strings.TrimSuffix(reference.FamiliarString(named), ":latest")
+	switch {
+	case strings.HasPrefix(value, "oci-layout://"):
+		return fmt.Errorf("--build-context %s: not supported yet: oci-layout", spec)
+	case strings.HasPrefix(value, "docker-image://"), strings.HasPrefix(value, "target:"), remoteContext.MatchString(value):
+		solve.FrontendAttrs["context:"+name] = value
+		return nil
+	}
+	if err := checkDir(value); err != nil {
+		return fmt.Errorf("--build-context %s: %w", spec, err)
+	}
+	solve.FrontendAttrs["context:"+name] = "local:" + name
+	return addLocal(solve, name, value)
+}
+
+// addAttrs translates flags into the frontend's attributes.
+func (o *buildOptions) addAttrs(solve *bkclient.SolveOpt) error {
+	attrs := solve.FrontendAttrs
+	for _, arg := range o.buildArgs {
+		key, value, ok := strings.Cut(arg, "=")
+		if key == "" {
+			return fmt.Errorf("--build-arg %s: want KEY=VALUE or KEY", arg)
+		}
+		if !ok {
+			if value, ok = os.LookupEnv(key); !ok {
+				continue // as docker does: an unset variable sets nothing
+			}
+		}
+		attrs["build-arg:"+key] = value
+	}
+	for _, label := range o.labels {
+		key, value, _ := strings.Cut(label, "=")
+		if key == "" {
+			return fmt.Errorf("--label %s: want KEY=VALUE", label)
+		}
+		attrs["label:"+key] = value
+	}
+	if o.target != "" {
+		attrs["target"] = o.target
+	}
+	switch {
+	case o.noCache && len(o.noCacheFilter) > 0:
+		return errors.New("--no-cache and --no-cache-filter exclude each other")
+	case o.noCache:
+		attrs["no-cache"] = ""
+	case len(o.noCacheFilter) > 0:
+		attrs["no-cache"] = strings.Join(o.noCacheFilter, ",")
+	}
+	if o.pull {
+		attrs["image-resolve-mode"] = "pull"
+	}
+	if len(o.platforms) > 0 {
+		attrs["platform"] = strings.Join(o.platforms, ",")
+	}
+	if len(o.addHosts) > 0 {
+		hosts, err := extraHosts(o.addHosts)
+		if err != nil {
+			return err
+		}
+		attrs["add-hosts"] = hosts
+	}
+	solve.AllowedEntitlements = slices.Clone(o.allow)
+	switch o.network {
+	case "", "default":
+	case "host":
+		attrs["force-network-mode"] = "host"
+		if !slices.Contains(solve.AllowedEntitlements, "network.host") {
+			solve.AllowedEntitlements = append(solve.AllowedEntitlements, "network.host")
+		}
+	case "none":
+		attrs["force-network-mode"] = "none"
+	default:
+		return fmt.Errorf("--network %s: want default, none or host", o.network)
+	}
+	return nil
+}
+
+// extraHosts translates docker's HOST:IP or HOST=IP into the frontend's list.
+func extraHosts(specs []string) (string, error) {
+	var fields []string
+	for _, spec := range specs {
+		i := strings.IndexAny(spec, ":=")
+		if i <= 0 {
+			return "", fmt.Errorf("--add-host %s: want HOST:IP", spec)
+		}
+		host, ip := spec[:i], strings.Trim(spec[i+1:], "[]")
+		if ip == "host-gateway" {
+			return "", fmt.Errorf("--add-host %s: not supported yet: host-gateway", spec)
+		}
+		if net.ParseIP(ip) == nil {
+			return "", fmt.Errorf("--add-host %s: %q is not an IP address", spec, ip)
+		}
+		fields = append(fields, host+"="+ip)
+	}
+	return strings.Join(fields, ","), nil
+}
+
+// addExport says what becomes of the result.
+func (o *buildOptions) addExport(solve *bkclient.SolveOpt) error {
+	attrs, err := parseCSV(o.output, "--output")
+	if err != nil {
+		return err
+	}
+	kind := attrs["type"]
+	delete(attrs, "type")
+	switch kind {
+	case "", "image":
+	case "registry":
+		attrs["push"] = "true"
+	case "cacheonly":
+		if len(o.tags) > 0 || o.push {
+			return errors.New("--output type=cacheonly makes no image to tag or push")
+		}
+		return nil
+	default:
+		return fmt.Errorf("--output type=%s: not supported yet (image, registry and cacheonly are)", kind)
+	}
+	names := slices.Clone(o.tags)
+	if name := attrs["name"]; name != "" {
+		names = append(names, strings.Split(name, ",")...)
+	}
+	for i, name := range names {
+		named, err := reference.ParseNormalizedNamed(name)
+		if err != nil {
+			return fmt.Errorf("image name %q: %w", name, err)
+		}
+		if _, ok := named.(reference.Digested); ok {
+			return fmt.Errorf("image name %q: has a digest; the digest of what is built is not known before", name)
+		}
+		names[i] = reference.TagNameOnly(named).String()
+	}
+	if len(names) > 0 {
+		attrs["name"] = strings.Join(names, ",")
+	}
+	if o.push {
+		attrs["push"] = "true"
+	}
+	if push, _ := strconv.ParseBool(attrs["push"]); push && len(names) == 0 {
+		return errors.New("a push needs a name: -t NAME")
+	}
+	solve.Exports = []bkclient.ExportEntry{{Type: "image", Attrs: attrs}}
+	return nil
+}
+
+// parseCSV reads "key=value,key=value"; a lone word is a type.
+func parseCSV(text, flag string) (map[string]string, error) {
+	out := map[string]string{}
+	if text == "" {
+		return out, nil
+	}
+	fields, err := csv.NewReader(strings.NewReader(text)).Read()
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", flag, text, err)
+	}
+	for _, field := range fields {
+		key, value, ok := strings.Cut(field, "=")
+		if !ok {
+			return nil, fmt.Errorf("%s %s: %q is not KEY=VALUE", flag, text, field)
+		}
+		out[strings.ToLower(strings.TrimSpace(key))] = value
+	}
+	return out, nil
+}
+
+// attachables are what the engine may ask us for during the build.
+func (a *app) attachables(o buildOptions) ([]session.Attachable, error) {
+	config := dockerconfig.LoadDefaultConfigFile(a.stderr())
+	list := []session.Attachable{authprovider.NewDockerAuthProvider(authprovider.DockerAuthProviderConfig{
+		AuthConfigProvider: authprovider.LoadAuthConfig(config),
+	})}
+	if len(o.secrets) > 0 {
+		provider, err := secretProvider(o.secrets)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, provider)
+	}
+	if len(o.ssh) > 0 {
+		provider, err := sshProvider(o.ssh)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, provider)
+	}
+	return list, nil
+}
+
+func secretProvider(specs []string) (session.Attachable, error) {
+	var sources []secretsprovider.Source
+	for _, spec := range specs {
+		fields, err := parseCSV(spec, "--secret")
+		if err != nil {
+			return nil, err
+		}
+		source := secretsprovider.Source{ID: fields["id"], Env: fields["env"]}
+		kind := fields["type"]
+		for _, key := range slices.Sorted(maps.Keys(fields)) {
+			switch key {
+			case "id", "env":
+			case "src", "source":
+				source.FilePath = fields[key]
+			case "type":
+				if kind != "file" && kind != "env" {
+					return nil, fmt.Errorf("--secret %s: type %q is neither file nor env", spec, kind)
+				}
+			default:
+				return nil, fmt.Errorf("--secret %s: unknown key %q", spec, key)
+			}
+		}
+		if source.ID == "" {
+			return nil, fmt.Errorf("--secret %s: has no id", spec)
+		}
+		if kind == "env" && source.Env == "" {
+			source.Env, source.FilePath = source.FilePath, ""
+		}
+		if source.Env != "" {
+			if _, ok := os.LookupEnv(source.Env); !ok {
+				return nil, fmt.Errorf("--secret %s: $%s is not set", spec, source.Env)
+			}
+		}
+		sources = append(sources, source)
+	}
+	store, err := secretsprovider.NewStore(sources)
+	if err != nil {
+		return nil, fmt.Errorf("--secret: %w", err)
+	}
+	return secretsprovider.NewSecretProvider(store), nil
+}
+
+func sshProvider(specs []string) (session.Attachable, error) {
+	var configs []sshprovider.AgentConfig
+	for _, spec := range specs {
+		id, paths, ok := strings.Cut(spec, "=")
+		config := sshprovider.AgentConfig{ID: id}
+		if ok {
+			config.Paths = strings.Split(paths, ",")
+		}
+		configs = append(configs, config)
+	}
+	provider, err := sshprovider.NewSSHAgentProvider(configs)
+	if err != nil {
+		return nil, fmt.Errorf("--ssh: %w", err)
+	}
+	return provider, nil
+}

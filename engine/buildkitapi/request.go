@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buildkitapi
+
+import (
+	"context"
+	"maps"
+	"strings"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/solver/pb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/seed-68981b69/slipway/exporter"
+)
+
+// request is a checked SolveRequest.
+type request struct {
+	ref          string
+	session      string
+	frontend     string
+	definition   *pb.Definition
+	opts         map[string]string
+	inputs       map[string]*pb.Definition
+	exporter     exporter.Exporter // nil means none
+	entitlements []string
+	// localDirs and localIDs are where local sources come from, by name.
+	localDirs map[string]string
+	localIDs  map[string]string
+	// clientFrontend says that the client runs the frontend and talks to the gateway.
+	clientFrontend bool
+}
+
+// currentCompatibility is the only output format that we make; 0 asks for the current one.
+const currentCompatibility = 30
+
+func notSupported(what string) error {
+	return status.Error(codes.Unimplemented, "not supported yet: "+what)
+}
+
+// parse checks req. Deprecated fields are read as BuildKit reads them.
+func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*request, error) {
+	if req.Ref == "" {
+		return nil, status.Error(codes.InvalidArgument, "a build needs a ref")
+	}
+	r := &request{
+		ref:          req.Ref,
+		session:      req.Session,
+		frontend:     req.Frontend,
+		opts:         maps.Clone(req.FrontendAttrs),
+		inputs:       req.FrontendInputs,
+		entitlements: req.Entitlements,
+		localIDs:     map[string]string{},
+	}
+	if r.opts == nil {
+		r.opts = map[string]string{}
+	}
+	if len(req.Definition.GetDef()) > 0 {
+		r.definition = req.Definition
+	}
+	switch {
+	case r.definition != nil && r.frontend != "":
+		return nil, status.Error(codes.InvalidArgument, "a build has a definition or a frontend, not both")
+	case req.SourcePolicy != nil && len(req.SourcePolicy.Rules) > 0, req.SourcePolicySession != "":
+		return nil, notSupported("source policies")
+	case req.ProxyNetwork:
+		return nil, notSupported("proxy network")
+	case req.EnableSessionExporter:
+		return nil, notSupported("session exporters")
+	case req.CompatibilityVersion != 0 && req.CompatibilityVersion != currentCompatibility:
+		return nil, notSupported("compatibility version other than the current one")
+	}
+	if err := checkCache(req.Cache); err != nil {
+		return nil, err
+	}
+	for attr, value := range r.opts {
+		if name, ok := strings.CutPrefix(attr, "attest:"); ok && !disabled(value) {
+			return nil, notSupported("attestation " + name)
+		}
+		if name, ok := strings.CutPrefix(attr, "local-sessionid:"); ok {
+			r.localIDs[name] = value
+		}
+	}
+	var err error
+	if r.localDirs, err = takeLocalDirs(r.opts, samePeerUser(ctx)); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	r.clientFrontend = r.definition == nil && r.frontend == ""
+	return r, s.parseExporters(req, r)
+}
+
+// disabled recognises an attestation that is asked not to be made.
+func disabled(attrs string) bool {
+	for _, field := range strings.Split(attrs, ",") {
+		if field == "disabled=true" {
+			return true
+		}
+	}
+	return false
+}
+
+func checkCache(c *controlapi.CacheOptions) error {
+	if c == nil {
+		return nil
+	}
+	if len(c.Exports) > 0 {
+		return notSupported("cache export of type " + c.Exports[0].GetType())
+	}
+	if c.ExportRefDeprecated != "" {
+		return notSupported("cache export of type registry")
+	}
+	if len(c.Imports) > 0 {
+		return notSupported("cache import of type " + c.Imports[0].GetType())
+	}
+	if len(c.ImportRefsDeprecated) > 0 {
+		return notSupported("cache import of type registry")
+	}
+	return nil
+}
+
+// parseExporters reads the deprecated single exporter too, which clients still send beside the list.
+func (s *Server) parseExporters(req *controlapi.SolveRequest, r *request) error {
+	exporters := req.Exporters
+	if len(exporters) == 0 && req.ExporterDeprecated != "" {
+		exporters = []*controlapi.Exporter{{Type: req.ExporterDeprecated, Attrs: req.ExporterAttrsDeprecated}}
+	}
+	switch len(exporters) {
+	case 0:
+		return nil
+	case 1:
+	default:
+		return notSupported("several exporters")
+	}
+	attrs := maps.Clone(exporters[0].GetAttrs())
+	if attrs == nil {
+		attrs = map[string]string{}
+	}
+	// As BuildKit does: the build argument counts for the exporter as well.
+	if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
+		if _, ok := attrs["source-date-epoch"]; !ok && epoch != "" {
+			attrs["source-date-epoch"] = epoch
+		}
+	}
+	var err error
+	r.exporter, err = s.Exporters.New(exporters[0].GetType(), attrs)
+	return err
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buildkitapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/session/auth"
+	"github.com/moby/buildkit/session/filesync"
+	"github.com/moby/buildkit/session/secrets"
+	"github.com/moby/buildkit/session/sshforward"
+	"github.com/moby/buildkit/util/grpcerrors"
+	"github.com/tonistiigi/fsutil"
+	fstypes "github.com/tonistiigi/fsutil/types"
+	"google.golang.org/grpc/codes"
+
+	"github.com/seed-68981b69/slipway/solver"
+)
+
+// sessionTimeout is how long a client may take between its Solve and the Session that goes with it.
+const sessionTimeout = 10 * time.Second
+
+// clientSession is what a build may ask its client for, over BuildKit's session protocol.
+type clientSession struct {
+	manager *session.Manager
+	id      string
+	// localIDs are sessions of other clients for single local sources ("local-sessionid:NAME").
+	localIDs map[string]string
+	// direct are the directories that the engine reads itself.
+	direct map[string]string
+	// dir is where transferred directories go.
+	dir string
+
+	mu        sync.Mutex // guards transfers
+	transfers []string
+}
+
+var _ solver.Session = (*clientSession)(nil)
+
+// caller waits for the session with an ID.
+func (s *clientSession) caller(ctx context.Context, id string) (session.Caller, error) {
+	if id == "" {
+		return nil, errors.New("the client has no session")
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, sessionTimeout, errors.New("the client's session is gone"))
+	defer cancel()
+	c, err := s.manager.Get(ctx, id, false)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return nil, cause
+		}
+		return nil, err
+	}
+	return c, nil
+}
+
+// Local implements solver.Session.
+func (s *clientSession) Local(ctx context.Context, req solver.LocalRequest) (solver.LocalDir, error) {
+	if dir, ok := s.direct[req.Name]; ok {
+		return solver.LocalDir{Path: dir}, nil
+	}
+	id := s.id
+	if other, ok := s.localIDs[req.Name]; ok {
+		id = other
+	}
+	caller, err := s.caller(ctx, id)
+	if err != nil {
+		return solver.LocalDir{}, fmt.Errorf("local source %q: %w", req.Name, err)
+	}
+	dir, err := s.newTransfer()
+	if err != nil {
+		return solver.LocalDir{}, fmt.Errorf("local source %q: %w", req.Name, err)
+	}
+	// Always into an empty directory: fsutil's incremental transfer trusts equal size and modification time, and so
+	// may keep wrong content (buildkit#4950). Clients of this host do not come here at all.
+	err = filesync.FSSync(ctx, caller, filesync.FSSendRequestOpt{
+		Name:            req.Name,
+		IncludePatterns: req.IncludePatterns,
+		ExcludePatterns: req.ExcludePatterns,
+		FollowPaths:     req.FollowPaths,
+		DestDir:         dir,
+		Differ:          fsutil.DiffNone,
+		Filter: func(_ string, st *fstypes.Stat) bool {
+			st.Uid, st.Gid = 0, 0
+			return true
+		},
+	})
+	if err != nil {
+		if grpcerrors.Code(err) == codes.NotFound {
+			return solver.LocalDir{}, fmt.Errorf("local source %q: the client does not offer it", req.Name)
+		}
+		return solver.LocalDir{}, fmt.Errorf("local source %q: transfer: %w", req.Name, err)
+	}
+	return solver.LocalDir{Path: dir, Filtered: true}, nil
+}
+
+func (s *clientSession) newTransfer() (string, error) {
+	dir, err := os.MkdirTemp(s.dir, "context-")
+	if err != nil {
+		return "", err
+	}
+	s.mu.Lock()
+	s.transfers = append(s.transfers, dir)
+	s.mu.Unlock()
+	return dir, nil
+}
+
+// received are the directories that were transferred.
+func (s *clientSession) received() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.transfers
+}
+
+// Secret implements solver.Session.
+func (s *clientSession) Secret(ctx context.Context, id string) ([]byte, error) {
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return nil, fmt.Errorf("secret %q: %w", id, err)
+	}
+	data, err := secrets.GetSecret(ctx, caller, id)
+	if errors.Is(err, secrets.ErrNotFound) {
+		return nil, fmt.Errorf("secret %q: %w", id, solver.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("secret %q: %w", id, err)
+	}
+	return data, nil
+}
+
+// SSHAgent implements solver.Session.
+func (s *clientSession) SSHAgent(ctx context.Context, id string) (string, func(), error) {
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)
+	}
+	if err := sshforward.CheckSSHID(ctx, caller, id); err != nil {
+		if code := grpcerrors.Code(err); code == codes.Unimplemented || code == codes.NotFound {
+			return "", nil, fmt.Errorf("ssh agent %q: %w", id, solver.ErrNotFound)
+		}
+		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	socket, closeSocket, err := sshforward.MountSSHSocket(ctx, caller, sshforward.SocketOpt{ID: id, Mode: 0o600})
+	if err != nil {
+		cancel(nil)
+		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)
+	}
+	return socket, func() {
+		cancel(nil)
+		_ = closeSocket()
+	}, nil
+}
+
+// Credentials implements solver.Session.
+func (s *clientSession) Credentials(ctx context.Context, host string) (string, string, error) {
+	if s.id == "" {
+		return "", "", nil
+	}
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, auth.SessionAuthTimeout, errors.New("the client did not answer"))
+	defer cancel()
+	response, err := auth.NewAuthClient(caller.Conn()).Credentials(caller.Context(ctx), &auth.CredentialsRequest{Host: host})
+	switch {
+	case grpcerrors.Code(err) == codes.Unimplemented:
+		return "", "", nil
+	case err != nil:
+		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
+	}
+	return response.Username, response.Secret, nil
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buildkitapi
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"strings"
+	"sync"
+	"time"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	bkclient "github.com/moby/buildkit/client"
+	gwclient "github.com/moby/buildkit/frontend/gateway/client"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/frontend/dockerfile"
+	"github.com/seed-68981b69/slipway/frontend/gateway"
+	"github.com/seed-68981b69/slipway/solver"
+)
+
+// Solve implements the Control API: it runs one build to its end.
+func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
+	req, err := s.parse(ctx, in)
+	if err != nil {
+		return nil, err
+	}
+	session := &clientSession{manager: s.sessions, id: req.session, localIDs: req.localIDs, direct: req.localDirs, dir: s.Dir}
+	s.enter()
+	defer func() { s.leave(session.received()) }()
+	if s.Begin != nil {
+		defer s.Begin(req.ref)()
+	}
+	started := time.Now()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	b := &build{ref: req.ref, events: newEvents(), cancel: cancel}
+	pull := req.opts["image-resolve-mode"] == "pull"
+	solverBuild := s.Solver.NewBuild(solver.BuildOptions{
+		ID: req.ref, Session: session, Writer: b.events, Pull: pull, Jobs: s.Jobs,
+	})
+	client, err := gateway.New(gateway.Options{
+		Build:        solverBuild,
+		View:         s.View,
+		Images:       s.Images,
+		Session:      session,
+		Pull:         pull,
+		BuildID:      req.ref,
+		Writer:       b.events,
+		SessionID:    req.session,
+		Workers:      s.workers(),
+		Frontends:    map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
+		Entitlements: req.entitlements,
+	}, req.opts, req.inputs)
+	if err != nil {
+		solverBuild.Close()
+		return nil, err
+	}
+	if req.clientFrontend {
+		b.bridge = gateway.NewBridge(client)
+	}
+	if err := s.builds.add(b); err != nil {
+		solverBuild.Close()
+		return nil, err
+	}
+	defer func() {
+		solverBuild.Close()
+		s.builds.end(b)
+	}()
+
+	response, err := s.run(ctx, b, client, session, req)
+	if err != nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+			err = cause
+		}
+	}
+	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
+	if err != nil {
+		return nil, err
+	}
+	return &controlapi.SolveResponse{ExporterResponse: response}, nil
+}
+
+// run is one build: frontend, solve, export.
+func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request) (map[string]string, error) {
+	var res *gwclient.Result
+	var err error
+	if req.clientFrontend {
+		res, err = b.bridge.Wait(ctx)
+	} else {
+		res, err = client.Solve(ctx, gwclient.SolveRequest{
+			Definition: req.definition, Frontend: req.frontend, FrontendOpt: req.opts, FrontendInputs: req.inputs,
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	result, err := evaluate(ctx, res)
+	if err != nil {
+		return nil, err
+	}
+	response := map[string]string{}
+	if req.exporter != nil {
+		exported, err := s.export(ctx, b, client, session, req.exporter, result)
+		if err != nil {
+			return nil, err
+		}
+		maps.Copy(response, exported)
+	}
+	for key, value := range result.Metadata {
+		if strings.HasPrefix(key, "frontend.") {
+			response[key] = string(value)
+		}
+	}
+	return response, nil
+}
+
+// evaluate solves all references of a frontend's result.
+func evaluate(ctx context.Context, res *gwclient.Result) (exporter.Result, error) {
+	if len(res.Attestations) > 0 {
+		return exporter.Result{}, notSupported("attestations")
+	}
+	refs := res.Refs
+	if refs == nil {
+		refs = map[string]gwclient.Reference{"": res.Ref}
+	}
+	var mu sync.Mutex
+	snapshots := make(map[string]snapshot.Snapshot, len(refs))
+	group, groupCtx := errgroup.WithContext(ctx)
+	for id, ref := range refs {
+		group.Go(func() error {
+			snap, err := gateway.Snapshot(groupCtx, ref)
+			mu.Lock()
+			defer mu.Unlock()
+			snapshots[id] = snap
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return exporter.Result{}, err
+	}
+	return exporter.NewResult(res.Metadata, snapshots)
+}
+
+// export runs the exporter, shown as a vertex of the build.
+func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, session *clientSession, e exporter.Exporter, r exporter.Result) (map[string]string, error) {
+	var response map[string]string
+	id := digest.FromString("export " + b.ref)
+	err := client.Step(ctx, e.Name(), id, func(env *solver.Env) (err error) {
+		response, err = e.Export(ctx, r, exporter.Options{
+			Progress:    env.Progress,
+			Credentials: session.Credentials,
+		})
+		return err
+	})
+	return response, err
+}
+
+// timestampKey is the header by which clients correct for a clock that differs from ours.
+const timestampKey = "buildkit-current-timestamp"
+
+// Status implements the Control API: it sends the events of a build from the beginning until it ends.
+func (s *Server) Status(req *controlapi.StatusRequest, stream controlapi.Control_StatusServer) error {
+	if err := stream.SendHeader(metadata.Pairs(timestampKey, time.Now().Format(time.RFC3339Nano))); err != nil {
+		return err
+	}
+	b, err := s.builds.get(stream.Context(), req.Ref)
+	if err != nil {
+		return err
+	}
+	return b.events.listen(stream.Context(), func(st *bkclient.SolveStatus) error {
+		for _, response := range st.Marshal() {
+			if err := stream.Send(response); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

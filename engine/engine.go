@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package engine is the composition root: it opens the store, owns the executor and the solver, and serves BuildKit's
+// gRPC API and the Docker Engine HTTP API on one socket. Nothing outlives an Engine that has been closed: no
+// mount, no process, no namespace.
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/seed-68981b69/slipway/cache"
+	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/cache/registry"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
+	"github.com/seed-68981b69/slipway/engine/dockerapi"
+	"github.com/seed-68981b69/slipway/executor/network"
+	"github.com/seed-68981b69/slipway/executor/runc"
+	"github.com/seed-68981b69/slipway/exporter"
+	imageexporter "github.com/seed-68981b69/slipway/exporter/image"
+	registryexporter "github.com/seed-68981b69/slipway/exporter/registry"
+	"github.com/seed-68981b69/slipway/frontend/gateway"
+	"github.com/seed-68981b69/slipway/solver"
+	"github.com/seed-68981b69/slipway/solver/op"
+	"github.com/seed-68981b69/slipway/solver/source/http"
+	"github.com/seed-68981b69/slipway/solver/source/image"
+	"github.com/seed-68981b69/slipway/solver/source/local"
+)
+
+// Version is ours; release builds set it.
+var Version = "dev"
+
+// The labels by which an engine describes itself to clients of the BuildKit API.
+const (
+	LabelRoot     = "slipway.root"
+	LabelBuilds   = "slipway.builds"
+	LabelLayers   = "slipway.layers"
+	LabelHostname = "org.mobyproject.buildkit.worker.hostname"
+	LabelExecutor = "org.mobyproject.buildkit.worker.executor"
+)
+
+// Options say how to open an engine.
+type Options struct {
+	// Root is the state directory. One process at a time owns it.
+	Root string
+	// Jobs is how many build steps run at once; 0 means as many as there are processors.
+	Jobs int
+	// Debug logs what happens inside.
+	Debug bool
+	// Log takes the engine's log; nil means standard error.
+	Log io.Writer
+}
+
+// Engine is an open engine. Its methods may be called concurrently.
+type Engine struct {
+	log      *slog.Logger
+	root     string
+	store    *cache.Store
+	network  *network.Network // nil when there is none here
+	executor *runc.Runc
+	buildkit *buildkitapi.Server
+	docker   *dockerapi.Server
+	server   *server
+	syncer   *syncer
+	sweeps   sync.WaitGroup
+}
+
+// Open opens the state directory and everything on top of it. It fails with an error that wraps cache.ErrLocked while
+// another process has it open.
+func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
+	root, err := filepath.Abs(opts.Root)
+	if err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	e := &Engine{log: newLog(opts), root: root}
+	defer func() {
+		if err != nil {
+			_ = e.Close()
+		}
+	}()
+	if e.store, err = cache.Open(ctx, root); err != nil {
+		return nil, err
+	}
+	var networkErr error
+	if e.network, networkErr = network.New(network.Options{Root: root, Log: e.log}); networkErr != nil {
+		e.network = nil
+		e.log.Warn("containers have no network of their own", "error", networkErr)
+	}
+	if e.executor, err = runc.New(runc.Options{
+		StateDir: e.path("executor"), Network: e.network, NetworkError: networkErr, Log: e.log,
+	}); err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	e.syncer = newSyncer(e.store.Sync, e.log)
+	if err := e.openAPIs(opts); err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	return e, nil
+}
+
+func newLog(opts Options) *slog.Logger {
+	w := opts.Log
+	if w == nil {
+		w = os.Stderr
+	}
+	level := slog.LevelWarn
+	if opts.Debug {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+func (e *Engine) path(name string) string { return filepath.Join(e.root, name) }
+
+// openAPIs puts together what serves the two APIs.
+func (e *Engine) openAPIs(opts Options) error {
+	st := e.store
+	// The engine has no credentials of its own: every request brings those of its client.
+	remote := registry.New(registry.Options{DockerConfigDir: e.path("no-docker-config")})
+	sourceDeps := image.Deps{
+		Blobs: st.Blobs, Layers: st.Layers, Snapshots: st.Snapshots, Images: st.Images, Records: st.Records, Registry: remote,
+	}
+	resolver, puller := image.NewResolver(sourceDeps), image.NewPuller(sourceDeps)
+	pusher := registryexporter.New(registryexporter.Deps{
+		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote,
+	})
+
+	httpSource := op.SourceFunc(http.New(http.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records}))
+	newOp := op.New(op.Deps{
+		Snapshots: st.Snapshots,
+		Layers:    st.Layers,
+		Executor:  e.executor,
+		Sources: map[string]op.SourceFunc{
+			"docker-image": image.New(resolver, puller),
+			local.Scheme:   local.New(local.Deps{Layers: st.Layers}),
+			"http":         httpSource,
+			"https":        httpSource,
+		},
+		CacheDir: e.path("mounts"),
+		TempDir:  e.path("tmp"),
+		// Definitions are checked when they are loaded, with what their own client allows.
+		Allowed: func(*solver.Env, string) bool { return true },
+	})
+
+	id, err := e.workerID()
+	if err != nil {
+		return err
+	}
+	e.buildkit, err = buildkitapi.New(buildkitapi.Options{
+		Solver: solver.New(solver.Options{
+			Layers: st.Layers, Records: st.Records, Blobs: st.Blobs, Jobs: opts.Jobs, NewOp: newOp,
+		}),
+		View: func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error) {
+			return st.Snapshots.View(ctx, s)
+		},
+		Images: func(ctx context.Context, env *solver.Env, ref string, p *ocispec.Platform, mode string) (digest.Digest, []byte, error) {
+			dgst, config, _, err := resolver.ResolveConfig(ctx, env, ref, p, mode)
+			return dgst, config, err
+		},
+		Exporters: exporter.Types{"image": imageexporter.New(imageexporter.Deps{
+			Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher,
+		})},
+		DiskUsage: e.diskUsage,
+		Dir:       e.path("contexts"),
+		WorkerID:  id,
+		Labels:    e.labels,
+		Version:   Version,
+		Begin: func(ref string) func() {
+			lease := st.Lease("build " + ref)
+			return func() {
+				lease.Release()
+				e.syncer.request()
+			}
+		},
+		Idle: st.Layers.DropHeld, // contexts of builds that have ended
+		Log:  e.log,
+	})
+	if err != nil {
+		return err
+	}
+	e.docker, err = dockerapi.New(dockerapi.Options{
+		Images:   sweeping{dockerapi.StoreImages(st.Images, st.Blobs, st.Layers), e},
+		Roots:    dockerapi.StoreRoots(st.Snapshots),
+		Registry: &remotes{store: st, registry: remote, puller: puller, pusher: pusher, synced: e.syncer.request},
+		Executor: e.executor,
+		Dir:      e.root,
+		Version:  Version,
+		Info:     func() [][2]string { return [][2]string{{"Root Dir", e.root}, {"Layers", e.layers()}} },
+		Log:      e.log,
+	})
+	if err != nil {
+		return err
+	}
+	e.server = newServer(e.buildkit.NewGRPC(), e.docker, e.log)
+	return nil
+}
+
+// Dial returns a connection to the engine inside this process.
+func (e *Engine) Dial(context.Context) (net.Conn, error) {
+	client, server, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
+	e.server.handle(server)
+	return client, nil
+}
+
+// busy says whether anybody needs the engine.
+func (e *Engine) busy() bool {
+	return e.server.connections() > 0 || e.buildkit.Active() > 0 || e.docker.Running() > 0
+}
+
+// errStopping is why builds end when the engine does.
+var errStopping = errors.New("the engine is stopping")
+
+// Close cancels builds, kills containers, ends connections and closes the store. What was built so far is kept.
+func (e *Engine) Close() error {
+	var errs []error
+	if e.buildkit != nil {
+		e.buildkit.Cancel(errStopping)
+	}
+	if e.docker != nil {
+		errs = append(errs, e.docker.Close())
+	}
+	if e.server != nil {
+		e.server.close()
+	}
+	if e.buildkit != nil {
+		errs = append(errs, e.buildkit.Close())
+	}
+	e.sweeps.Wait()
+	if e.syncer != nil {
+		e.syncer.close()
+	}
+	if e.executor != nil {
+		errs = append(errs, e.executor.Close())
+	}
+	if e.network != nil {
+		errs = append(errs, e.network.Close())
+	}
+	if e.store != nil {
+		errs = append(errs, e.store.Close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("close engine: %w", err)
+	}
+	return nil
+}
+
+// sweeping deletes what nothing names any more after an image was deleted, in the background.
+type sweeping struct {
+	dockerapi.Images
+	engine *Engine
+}
+
+func (s sweeping) Delete(ctx context.Context, img dockerapi.Image) error {
+	if err := s.Images.Delete(ctx, img); err != nil {
+		return err
+	}
+	s.engine.sweeps.Go(func() {
+		if _, err := s.engine.store.Sweep(context.WithoutCancel(ctx)); err != nil {
+			s.engine.log.Warn("delete what nothing names any more", "error", err)
+		}
+	})
+	return nil
+}
+
+// workerID is made once for a state directory.
+func (e *Engine) workerID() (string, error) {
+	const bucket, key = "engine", "worker-id"
+	if id, ok, err := e.store.Records.GetValue(bucket, key); err != nil {
+		return "", err
+	} else if ok {
+		return string(id), nil
+	}
+	id := strings.ToLower(rand.Text())
+	return id, e.store.Records.PutValue(bucket, key, []byte(id))
+}
+
+// labels describe the engine as it is now.
+func (e *Engine) labels() map[string]string {
+	labels := map[string]string{
+		LabelRoot:     e.root,
+		LabelBuilds:   strconv.Itoa(e.buildkit.Active()),
+		LabelLayers:   e.layers(),
+		LabelExecutor: "libcontainer",
+	}
+	if name, err := os.Hostname(); err == nil {
+		labels[LabelHostname] = name
+	}
+	return labels
+}
+
+// layers says in which form layers are kept, and why.
+func (e *Engine) layers() string {
+	info := e.store.Layers.Info()
+	if info.Reason == "" {
+		return "tar + EROFS"
+	}
+	return "directories (" + info.Reason + ")"
+}
+
+// diskUsage lists layers and blobs with what they take on disk.
+func (e *Engine) diskUsage(ctx context.Context) ([]buildkitapi.Usage, error) {
+	var out []buildkitapi.Usage
+	err := e.store.Layers.Walk(ctx, func(l layer.Info) error {
+		if l.Form != layer.FormHeld {
+			out = append(out, buildkitapi.Usage{ID: string(l.ID), Kind: "regular", Description: "layer (" + l.Form + ")", SizeBytes: l.Size})
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = e.store.Blobs.Walk(func(d digest.Digest, size int64) error {
+		out = append(out, buildkitapi.Usage{ID: d.String(), Kind: "internal", Description: "blob", SizeBytes: size})
+		return nil
+	})
+	return out, err
+}

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package runc
+
+// EngineName is the name of everything on the host that belongs to the executor with that state directory.
+var EngineName = engineName
+
+// RunnerPID is the process of the running runner, 0 when there is none.
+func RunnerPID(r *Runc) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.runner == nil {
+		return 0
+	}
+	return r.runner.pid
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+
+	"github.com/seed-68981b69/slipway/cache/image"
+)
+
+// attrs are the options of one export.
+type attrs struct {
+	names  []string // as given; "*" is the name that the frontend chose
+	push   bool
+	store  bool
+	docker bool // Docker's media types instead of OCI's
+	epoch  *time.Time
+	// epochSet says that source-date-epoch was given, perhaps as "", which turns off what the frontend says.
+	epochSet bool
+}
+
+// parseAttrs refuses what this exporter does not do, by name.
+func parseAttrs(given map[string]string) (attrs, error) {
+	a := attrs{store: true}
+	compression := ""
+	for _, key := range slices.Sorted(maps.Keys(given)) {
+		value := given[key]
+		var on bool
+		var err error
+		switch k := exptypes.ImageExporterOptKey(key); k {
+		case exptypes.OptKeyName:
+			for name := range strings.SplitSeq(value, ",") {
+				if name = strings.TrimSpace(name); name == "" {
+					continue
+				}
+				if name != "*" {
+					if _, err := image.Normalize(name); err != nil {
+						return attrs{}, err
+					}
+					if strings.Contains(name, "@") {
+						return attrs{}, fmt.Errorf("image name %q: a name to be given cannot have a digest", name)
+					}
+				}
+				a.names = append(a.names, name)
+			}
+		case exptypes.OptKeyPush:
+			a.push, err = parseBool(value)
+		case exptypes.OptKeyStore:
+			a.store, err = parseBool(value)
+		case exptypes.OptKeyOCITypes:
+			on, err = parseBool(value)
+			a.docker = !on
+		case exptypes.OptKeyUnpack:
+			// Images of our store are always ready to run.
+			_, err = parseBool(value)
+		case exptypes.OptKeySourceDateEpoch:
+			a.epochSet = true
+			a.epoch, err = parseEpoch(value)
+		case exptypes.OptKeyLayerCompression:
+			compression = value
+		case exptypes.OptKeyPushByDigest, exptypes.OptKeyInsecure, exptypes.OptKeyNameCanonical, exptypes.OptKeyOCIArtifact,
+			exptypes.OptKeyForceCompression, exptypes.OptKeyRewriteTimestamp, exptypes.OptKeyPreferNondistLayers,
+			exptypes.OptKeyDanglingEmptyOnly:
+			if on, err = parseBool(value); on {
+				return attrs{}, notSupported(key, value)
+			}
+		default:
+			return attrs{}, notSupported(key, value)
+		}
+		if err != nil {
+			return attrs{}, fmt.Errorf("attribute %s=%s: %w", key, value, err)
+		}
+	}
+	if compression != "" && (compression != "gzip" || !a.push) {
+		return attrs{}, notSupported(string(exptypes.OptKeyLayerCompression), compression)
+	}
+	if a.push && len(a.names) == 0 {
+		return attrs{}, fmt.Errorf("push needs a name: give the image one that begins with its registry")
+	}
+	if !a.store && !a.push {
+		return attrs{}, fmt.Errorf("store=false without push=true: nothing would be left of the result")
+	}
+	return a, nil
+}
+
+func notSupported(key, value string) error {
+	return fmt.Errorf("attribute not supported yet: %s=%s", key, value)
+}
+
+// parseBool reads a boolean; a key without a value means true.
+func parseBool(value string) (bool, error) {
+	if value == "" {
+		return true, nil
+	}
+	b, err := strconv.ParseBool(value)
+	if err != nil {
+		return false, fmt.Errorf("not true or false")
+	}
+	return b, nil
+}
+
+// parseEpoch reads SOURCE_DATE_EPOCH; "" means none.
+func parseEpoch(value string) (*time.Time, error) {
+	if value == "" {
+		return nil, nil
+	}
+	s, err := strconv.ParseInt(value, 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("not a number of seconds since 1970")
+	}
+	t := time.Unix(s, 0).UTC()
+	return &t, nil
+}

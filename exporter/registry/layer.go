@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/seed-68981b69/slipway/cache/compress"
+	"github.com/seed-68981b69/slipway/cache/layer"
+)
+
+// layer sends the i-th layer of a manifest and returns its descriptor in the registry: as it is when it is a blob that we
+// have, or that the registry has; otherwise as gzip of the layer's tar.
+func (s *push) layer(ctx context.Context, find *finder, i int, l ocispec.Descriptor, docker bool) (ocispec.Descriptor, error) {
+	kind, err := compress.MediaTypeKind(l.MediaType)
+	if err != nil {
+		// Not a layer of files (an attestation, an artifact): its bytes are all that there is to it.
+		return l, s.blob(ctx, l)
+	}
+	if kind != compress.None {
+		if s.deps.Blobs.Has(l.Digest) {
+			return l, s.blob(ctx, l)
+		}
+		there, err := s.to.Has(ctx, s.ref, l)
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		if there {
+			s.progress(l.Digest.String(), l.Size, l.Size, true)
+			return l, nil
+		}
+	}
+	diffID, err := find.diffID(i)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	desc, err := s.compressed(ctx, find, diffID)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("push %s: compress layer %s: %w", s.ref, diffID, err)
+	}
+	if k, err := compress.MediaTypeKind(desc.MediaType); err == nil {
+		desc.MediaType = compress.MediaType(k, docker && k != compress.Zstd)
+	}
+	desc.Annotations = l.Annotations
+	return desc, s.blob(ctx, desc)
+}
+
+// blob sends one blob of the blob store.
+func (s *push) blob(ctx context.Context, desc ocispec.Descriptor) error {
+	id := desc.Digest.String()
+	open := func() (io.ReadCloser, error) {
+		s.progress(id, 0, desc.Size, false) // it is being sent, then
+		r, err := s.deps.Blobs.Open(desc.Digest)
+		if err != nil {
+			return nil, fmt.Errorf("read blob %s: %w", desc.Digest, err)
+		}
+		return readCloser{io.NewSectionReader(r, 0, desc.Size), r}, nil
+	}
+	err := s.to.Push(ctx, s.ref, s.sources.Annotate(s.ref, desc), open, func(n int64) {
+		if n < desc.Size { // the end is reported below
+			s.progress(id, n, desc.Size, false)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	s.progress(id, desc.Size, desc.Size, true)
+	return nil
+}
+
+type readCloser struct {
+	io.Reader
+	io.Closer
+}
+
+// compressed returns the blob with the compressed form of a layer: one that is known, whatever its compression, or
+// gzip that is made now.
+func (s *push) compressed(ctx context.Context, find *finder, diffID digest.Digest) (ocispec.Descriptor, error) {
+	release, err := s.compressing.acquire(ctx, diffID)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer release()
+	desc, ok, err := s.memo.Get(diffID, compress.Gzip)
+	if err != nil || ok {
+		return desc, err
+	}
+	id, err := find.layer(ctx, diffID)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	tar, _, err := s.deps.Layers.OpenTar(ctx, id)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer tar.Close()
+	w, err := s.deps.Blobs.Writer(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer w.Close()
+	// The tar is read once: its own digest is checked on the way, so that a damaged layer cannot leave the machine.
+	in := &hashed{hash: diffID.Algorithm().Digester(), r: tar}
+	buffered := bufio.NewWriterSize(w, 1<<20)
+	if err := compress.WriteGzip(ctx, buffered, in, 0); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if err := buffered.Flush(); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if got := in.hash.Digest(); got != diffID {
+		return ocispec.Descriptor{}, fmt.Errorf("the layer is damaged: its tar has digest %s", got)
+	}
+	desc = ocispec.Descriptor{MediaType: compress.MediaType(compress.Gzip, false), Digest: w.Digest(), Size: w.Size()}
+	if err := w.Commit(desc.Size, desc.Digest); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	return desc, s.memo.Put(diffID, compress.Gzip, desc)
+}
+
+// hashed hashes what is read through it.
+type hashed struct {
+	hash digest.Digester
+	r    io.Reader
+}
+
+func (h *hashed) Read(p []byte) (int, error) {
+	n, err := h.r.Read(p)
+	h.hash.Hash().Write(p[:n])
+	return n, err
+}
+
+// finder finds the layers of one image in the layer store.
+type finder struct {
+	*push
+	manifest digest.Digest
+	config   []byte
+
+	once sync.Once
+	byID map[digest.Digest]layer.ID
+	err  error
+}
+
+// diffID is that of the i-th layer, from the config.
+func (f *finder) diffID(i int) (digest.Digest, error) {
+	var config ocispec.Image
+	if err := json.Unmarshal(f.config, &config); err != nil {
+		return "", fmt.Errorf("push %s: config: %w", f.ref, err)
+	}
+	if i >= len(config.RootFS.DiffIDs) {
+		return "", fmt.Errorf("push %s: the config has %d diff IDs, the manifest more layers", f.ref, len(config.RootFS.DiffIDs))
+	}
+	return config.RootFS.DiffIDs[i], nil
+}
+
+// layer is the layer with that diff ID in the image's snapshot.
+func (f *finder) layer(ctx context.Context, diffID digest.Digest) (layer.ID, error) {
+	f.once.Do(func() {
+		snap, ok, err := f.deps.Images.Layers(ctx, f.manifest)
+		if err != nil || !ok {
+			f.err = err
+			return
+		}
+		f.byID = map[digest.Digest]layer.ID{}
+		for _, id := range snap {
+			info, err := f.deps.Layers.Pack(ctx, id)
+			if err != nil {
+				f.err = err
+				return
+			}
+			f.byID[info.DiffID] = id
+		}
+	})
+	if f.err != nil {
+		return "", f.err
+	}
+	id, ok := f.byID[diffID]
+	if !ok {
+		return "", fmt.Errorf("the layer is not in the local store: build or pull the image again")
+	}
+	return id, nil
+}
+
+// locks is a lock for each key.
+type locks struct {
+	mu   sync.Mutex // guards held
+	held map[digest.Digest]chan struct{}
+}
+
+// acquire waits for the lock of key, or for the end of ctx.
+func (l *locks) acquire(ctx context.Context, key digest.Digest) (release func(), err error) {
+	for {
+		l.mu.Lock()
+		if l.held == nil {
+			l.held = map[digest.Digest]chan struct{}{}
+		}
+		busy, ok := l.held[key]
+		if !ok {
+			done := make(chan struct{})
+			l.held[key] = done
+			l.mu.Unlock()
+			return func() {
+				l.mu.Lock()
+				delete(l.held, key)
+				l.mu.Unlock()
+				close(done)
+			}, nil
+		}
+		l.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}

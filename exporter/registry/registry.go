@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package registry sends local images to registries. Layers go as compressed blobs: those that were pulled as they came,
+// ours as gzip, made once and kept in the blob store. Blobs go in parallel, then the configs, the manifests, and last the tag.
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/seed-68981b69/slipway/cache/blob"
+	"github.com/seed-68981b69/slipway/cache/compress"
+	"github.com/seed-68981b69/slipway/cache/image"
+	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/registry"
+)
+
+// parallel is how many blobs are sent at once.
+const parallel = 4
+
+// Deps is what pushes work with.
+type Deps struct {
+	Layers   *layer.Store
+	Blobs    *blob.Store
+	Images   *image.Store
+	Records  *record.Store
+	Registry *registry.Registry
+}
+
+// Pusher sends images. It may be used concurrently.
+type Pusher struct {
+	deps    Deps
+	memo    compress.Memo
+	sources registry.Sources
+	// compressing is held for a layer while it is compressed, so that two pushes do not do it twice.
+	compressing locks
+}
+
+// New returns a Pusher.
+func New(deps Deps) *Pusher {
+	return &Pusher{
+		deps:    deps,
+		memo:    compress.Memo{Values: deps.Records, Blobs: deps.Blobs},
+		sources: registry.Sources{Values: deps.Records},
+	}
+}
+
+// Options belong to one push.
+type Options struct {
+	// Credentials are asked before those that the Registry has; nil means that there are no others.
+	Credentials registry.Credentials
+	// Progress is called with the bytes of each layer, by its digest in the registry, and once, done, with the full size for one that
+	// the registry had already. It may be called from several goroutines; nil is allowed. It fits solver.Progress.Status.
+	Progress func(id string, current, total int64, done bool)
+}
+
+// Push sends img to ref, whose tag ("latest" when it has none) is set last, and returns the manifest or index that it
+// names then. Of an index the platforms that are in the local store are sent: all of them as the same index, one alone
+// as its manifest. A manifest whose layers have not been compressed yet becomes another one with the same config.
+func (p *Pusher) Push(ctx context.Context, img image.Image, ref string, opts Options) (ocispec.Descriptor, error) {
+	named, err := registry.Parse(ref)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if strings.Contains(named.String(), "@") {
+		return ocispec.Descriptor{}, fmt.Errorf("push %s: a name to push to cannot have a digest", named)
+	}
+	if opts.Progress == nil {
+		opts.Progress = func(string, int64, int64, bool) {}
+	}
+	s := &push{
+		Pusher: p, ref: named.String(), repo: named.Name(), to: p.deps.Registry.With(opts.Credentials), progress: opts.Progress,
+		slots: make(chan struct{}, parallel),
+	}
+	desc, content, err := s.image(ctx, img.Target)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if err := s.to.Tag(ctx, s.ref, desc, content); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if err := s.remember(ctx, img.Target, desc); err != nil {
+		slog.Warn("note the digest of a pushed image", "image", s.ref, "digest", desc.Digest, "error", err)
+	}
+	return desc, nil
+}
+
+// push is one image on its way.
+type push struct {
+	*Pusher
+	ref, repo string
+	to        *registry.Registry
+	progress  func(id string, current, total int64, done bool)
+	slots     chan struct{}
+}
+
+// image sends everything below target and returns the manifest or index to be tagged, which is not sent yet.
+func (s *push) image(ctx context.Context, target ocispec.Descriptor) (ocispec.Descriptor, []byte, error) {
+	raw, err := s.deps.Blobs.ReadAll(target.Digest)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: read manifest %s: %w", s.ref, target.Digest, err)
+	}
+	if !isIndex(target.MediaType) {
+		return s.manifest(ctx, target, raw)
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: index %s: %w", s.ref, target.Digest, err)
+	}
+	all := len(index.Manifests)
+	index.Manifests = slices.DeleteFunc(index.Manifests, func(d ocispec.Descriptor) bool { return !s.here(d) })
+	switch {
+	case len(index.Manifests) == 0:
+		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: none of the %d platforms of its index are in the local store: pull the image first", s.ref, all)
+	case len(index.Manifests) == 1 && all > 1:
+		raw, err := s.deps.Blobs.ReadAll(index.Manifests[0].Digest)
+		if err != nil {
+			return ocispec.Descriptor{}, nil, err
+		}
+		d := index.Manifests[0]
+		d.Platform, d.Annotations = nil, nil // what the index says of it
+		return s.manifest(ctx, d, raw)
+	}
+	changed := len(index.Manifests) != all
+	sent := make([]ocispec.Descriptor, len(index.Manifests))
+	group, gctx := errgroup.WithContext(ctx)
+	for i, d := range index.Manifests {
+		group.Go(func() error {
+			raw, err := s.deps.Blobs.ReadAll(d.Digest)
+			if err != nil {
+				return err
+			}
+			desc, content, err := s.manifest(gctx, d, raw)
+			if err != nil {
+				return err
+			}
+			sent[i] = d
+			sent[i].Digest, sent[i].Size = desc.Digest, desc.Size
+			return s.to.PushManifest(gctx, s.repo, desc, content)
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	for i, d := range index.Manifests {
+		changed = changed || sent[i].Digest != d.Digest
+	}
+	if !changed {
+		return target, raw, nil
+	}
+	index.Manifests = sent
+	return s.rewrite(ctx, target, index)
+}
+
+// here says whether a manifest of an index can be sent.
+func (s *push) here(d ocispec.Descriptor) bool {
+	if isIndex(d.MediaType) || !s.deps.Blobs.Has(d.Digest) {
+		return false
+	}
+	raw, err := s.deps.Blobs.ReadAll(d.Digest)
+	if err != nil {
+		return false
+	}
+	var m ocispec.Manifest
+	return json.Unmarshal(raw, &m) == nil && s.deps.Blobs.Has(m.Config.Digest)
+}
+
+// manifest sends the layers and the config of a manifest, and returns the manifest as the registry will have it.
+func (s *push) manifest(ctx context.Context, desc ocispec.Descriptor, raw []byte) (ocispec.Descriptor, []byte, error) {
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: manifest %s: %w", s.ref, desc.Digest, err)
+	}
+	config, err := s.deps.Blobs.ReadAll(m.Config.Digest)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: read config: %w", s.ref, err)
+	}
+	find := &finder{push: s, manifest: desc.Digest, config: config}
+	docker := strings.HasPrefix(desc.MediaType, "application/vnd.docker.")
+
+	sent := make([]ocispec.Descriptor, len(m.Layers))
+	group, gctx := errgroup.WithContext(ctx)
+	first := make([]int, len(m.Layers)) // the same layer twice is sent once
+	for i, l := range m.Layers {
+		first[i] = slices.IndexFunc(m.Layers, func(o ocispec.Descriptor) bool { return o.Digest == l.Digest })
+		if first[i] < i {
+			continue
+		}
+		group.Go(func() (err error) {
+			select {
+			case s.slots <- struct{}{}:
+				defer func() { <-s.slots }()
+			case <-gctx.Done():
+				return context.Cause(gctx)
+			}
+			sent[i], err = s.layer(gctx, find, i, l, docker)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	changed := false
+	for i := range m.Layers {
+		sent[i] = sent[first[i]]
+		changed = changed || sent[i].Digest != m.Layers[i].Digest || sent[i].MediaType != m.Layers[i].MediaType
+	}
+	if err := s.blob(ctx, m.Config); err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	var blobs []digest.Digest
+	for _, l := range sent {
+		blobs = append(blobs, l.Digest)
+	}
+	if err := s.sources.Add(s.ref, blobs...); err != nil {
+		slog.Warn("note where layers have been pushed to", "image", s.ref, "error", err)
+	}
+	if !changed {
+		return desc, raw, nil
+	}
+	m.Layers = sent
+	made, content, err := s.rewrite(ctx, desc, m)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	// It runs from the same layers.
+	snap, ok, err := s.deps.Images.Layers(ctx, desc.Digest)
+	if err == nil && ok {
+		err = s.deps.Images.SetLayers(ctx, made.Digest, snap)
+	}
+	return made, content, err
+}
+
+// remember gives an image that was pushed under its own name the digest that it has in the registry as one more name, which
+// is what docker lists as its RepoDigests and what a Dockerfile may say.
+func (s *push) remember(ctx context.Context, target, desc ocispec.Descriptor) error {
+	local, err := s.deps.Images.Get(ctx, s.ref)
+	if err != nil || local.Target.Digest != target.Digest || desc.Digest == target.Digest {
+		return nil // not ours to name, or found by that digest already
+	}
+	return s.deps.Images.Put(ctx, image.Image{Name: s.repo + "@" + desc.Digest.String(), Target: desc, Size: local.Size, Created: local.Created})
+}
+
+func (s *push) rewrite(ctx context.Context, old ocispec.Descriptor, v any) (ocispec.Descriptor, []byte, error) {
+	raw, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	desc, err := s.deps.Blobs.PutBytes(ctx, old.MediaType, raw)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: store manifest: %w", s.ref, err)
+	}
+	return desc, raw, nil
+}
+
+func isIndex(mediaType string) bool {
+	return mediaType == ocispec.MediaTypeImageIndex || mediaType == "application/vnd.docker.distribution.manifest.list.v2+json"
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"sync"
+
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/buildkit/util/apicaps"
+	capspb "github.com/moby/buildkit/util/apicaps/pb"
+)
+
+// Frontends and clients ask for capabilities before they use them, so what is missing here must be listed: the lists
+// name what BuildKit has and we do not. Everything else of BuildKit's lists is announced as supported.
+var (
+	missingLLB = map[apicaps.CapID]string{
+		pb.CapSourceImageBlob:           "image blob sources",
+		pb.CapSourceOCILayout:           "OCI layouts as sources",
+		pb.CapSourceMetadataTransfer:    "metadata-only local sources",
+		pb.CapSourceGit:                 "git sources",
+		pb.CapSourceGitKeepDir:          "git sources",
+		pb.CapSourceGitFullURL:          "git sources",
+		pb.CapSourceGitHTTPAuth:         "git sources",
+		pb.CapSourceGitKnownSSHHosts:    "git sources",
+		pb.CapSourceGitMountSSHSock:     "git sources",
+		pb.CapSourceGitSubdir:           "git sources",
+		pb.CapSourceGitChecksum:         "git sources",
+		pb.CapSourceGitSkipSubmodules:   "git sources",
+		pb.CapSourceGitSignatureVerify:  "git sources",
+		pb.CapSourceGitMTime:            "git sources",
+		pb.CapSourceGitFetchByCommit:    "git sources",
+		pb.CapSourceGitBundle:           "git sources",
+		pb.CapSourceGitCheckoutBundle:   "git sources",
+		pb.CapSourceHTTPSignatureVerify: "signatures of HTTP sources",
+		pb.CapBuildOpLLBFileName:        "build ops",
+		pb.CapExecMetaNetworkProxy:      "a network proxy for steps",
+		pb.CapExecMetaCDI:               "CDI devices",
+		pb.CapRemoteCacheGHA:            "cache import and export",
+		pb.CapRemoteCacheS3:             "cache import and export",
+		pb.CapRemoteCacheAzBlob:         "cache import and export",
+		pb.CapAttestations:              "attestations",
+		pb.CapMultipleExporters:         "several exporters",
+		pb.CapSessionExporter:           "session exporters",
+		pb.CapSourcePolicy:              "source policies",
+		pb.CapSourcePolicySession:       "source policies",
+		pb.CapGCFreeSpaceFilter:         "prune",
+		pb.CapHistoryFilters:            "build history",
+	}
+	missingGateway = map[apicaps.CapID]string{
+		gwpb.CapImportCaches:                          "cache import",
+		gwpb.CapGatewayExec:                           "containers started by a frontend",
+		gwpb.CapGatewayExecExtraHosts:                 "containers started by a frontend",
+		gwpb.CapGatewayExecSecretEnv:                  "containers started by a frontend",
+		gwpb.CapGatewayExecSignals:                    "containers started by a frontend",
+		gwpb.CapGatewayExecFilesystem:                 "containers started by a frontend",
+		gwpb.CapAttestations:                          "attestations",
+		gwpb.CapSourceMetaResolverImageAttestations:   "attestations",
+		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "metadata of HTTP sources",
+	}
+)
+
+// LLBCaps lists what the solver can do, in the form of the gateway protocol.
+var LLBCaps = sync.OnceValue(func() []*capspb.APICap { return disable(pb.Caps.All(), missingLLB) })
+
+// Caps lists what the gateway itself can do.
+var Caps = sync.OnceValue(func() []*capspb.APICap { return disable(gwpb.Caps.All(), missingGateway) })
+
+func gatewayCapSet() apicaps.CapSet { return gwpb.Caps.CapSet(Caps()) }
+
+func disable(caps []*capspb.APICap, missing map[apicaps.CapID]string) []*capspb.APICap {
+	for _, c := range caps {
+		if what, ok := missing[apicaps.CapID(c.ID)]; ok {
+			c.Enabled = false
+			c.DisabledReasonMsg = "not supported yet: " + what
+		}
+	}
+	return caps
+}

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package gateway is what a frontend sees of a build: BuildKit's gateway client over solver.Build, and the same over gRPC
+// (LLBBridge) for frontends that run in the client's process, which is how buildctl and buildx build.
+//
+// A reference is lazy: it is solved when it is evaluated, read or exported. Reading goes through the layer index,
+// so nothing is mounted. Frontends do not run containers here yet: NewContainer is refused.
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/distribution/reference"
+	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/client/llb"
+	"github.com/moby/buildkit/client/llb/sourceresolver"
+	gwclient "github.com/moby/buildkit/frontend/gateway/client"
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/solver"
+)
+
+// Product names us to frontends.
+const Product = "slipway"
+
+// Builder is the part of solver.Build that a frontend's requests come down to.
+type Builder interface {
+	Load(def *pb.Definition) (solver.Edge, error)
+	Result(ctx context.Context, edge solver.Edge) (snapshot.Snapshot, error)
+}
+
+// Files is read access to a solved reference; snapshot.View implements it.
+type Files interface {
+	index.Tree
+	OpenFile(ctx context.Context, path string) (io.ReadCloser, error)
+}
+
+// ImageResolver finds out what an image name stands for now. mode is LLB's image.resolvemode: "", "default", "pull" or
+// "local". It returns the manifest's digest and the image config. Errors name the image.
+type ImageResolver func(ctx context.Context, env *solver.Env, ref string, platform *ocispec.Platform, mode string) (digest.Digest, []byte, error)
+
+// Options are what the clients of one build share.
+type Options struct {
+	Build Builder
+	// View opens a solved snapshot for reading.
+	View   func(ctx context.Context, s snapshot.Snapshot) (Files, error)
+	Images ImageResolver
+	// Session, Pull and BuildID are handed to Images.
+	Session solver.Session
+	Pull    bool
+	BuildID string
+	// Writer takes what a frontend reports itself: metadata look-ups and warnings.
+	Writer    solver.Writer
+	SessionID string
+	Workers   []gwclient.WorkerInfo
+	// Frontends are what Solve{Frontend} may name.
+	Frontends map[string]gwclient.BuildFunc
+	// Entitlements are what the client allows its build to ask for.
+	Entitlements []string
+}
+
+// Client is a gateway client for one frontend. It may be used concurrently.
+type Client struct {
+	*shared
+	opts   map[string]string
+	inputs map[string]*pb.Definition
+}
+
+var _ gwclient.Client = (*Client)(nil)
+
+// shared is what a frontend and the frontends it calls have in common.
+type shared struct {
+	Options
+	allowed entitlements
+}
+
+// New returns the client of a build's outermost frontend, with the options and inputs of the request.
+func New(options Options, opts map[string]string, inputs map[string]*pb.Definition) (*Client, error) {
+	allowed, err := parseEntitlements(options.Entitlements)
+	if err != nil {
+		return nil, err
+	}
+	return (&shared{Options: options, allowed: allowed}).client(opts, inputs), nil
+}
+
+// client clones opts because frontends write into what BuildOpts returns.
+func (s *shared) client(opts map[string]string, inputs map[string]*pb.Definition) *Client {
+	opts = maps.Clone(opts)
+	if opts == nil {
+		opts = map[string]string{}
+	}
+	return &Client{shared: s, opts: opts, inputs: inputs}
+}
+
+// Solve takes a definition and returns a lazy reference to its result, or runs another frontend.
+func (c *Client) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
+	req = req.Clone()
+	if len(req.CacheImports) > 0 {
+		return nil, fmt.Errorf("not supported yet: cache import of type %q", req.CacheImports[0].Type)
+	}
+	if len(req.SourcePolicies) > 0 {
+		return nil, errors.New("not supported yet: source policies")
+	}
+	hasDefinition := req.Definition != nil && len(req.Definition.Def) > 0
+	var res *gwclient.Result
+	switch {
+	case hasDefinition && req.Frontend != "":
+		return nil, errors.New("a solve request has a definition or a frontend, not both")
+	case hasDefinition:
+		ref, err := c.load(req.Definition)
+		if err != nil {
+			return nil, err
+		}
+		res = gwclient.NewResult()
+		res.SetRef(ref)
+	case req.Frontend != "":
+		var err error
+		if res, err = c.runFrontend(ctx, req); err != nil {
+			return nil, err
+		}
+	default:
+		return gwclient.NewResult(), nil // scratch
+	}
+	if req.Evaluate {
+		if err := res.EachRef(func(ref gwclient.Reference) error { return ref.Evaluate(ctx) }); err != nil {
+			return nil, err
+		}
+	}
+	return res, nil
+}
+
+func (c *Client) runFrontend(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
+	name := req.Frontend
+	if name == "gateway.v0" {
+		source := req.FrontendOpt["source"]
+		if !isDockerfileImage(source) {
+			return nil, fmt.Errorf("not supported yet: frontend image %q (only docker/dockerfile, which is built in)", source)
+		}
+		if _, ok := req.FrontendOpt["cmdline"]; !ok {
+			req.FrontendOpt["cmdline"] = source
+		}
+		name = "dockerfile.v0"
+	}
+	build, ok := c.Frontends[name]
+	if !ok {
+		return nil, fmt.Errorf("not supported: frontend %q", name)
+	}
+	return build(ctx, c.client(req.FrontendOpt, req.FrontendInputs))
+}
+
+// isDockerfileImage recognises the published images of the frontend that is built in: `# syntax=docker/dockerfile:1` and its
+// kin. The builtin frontend takes the place of whatever release the tag names; Solve leaves "cmdline" set, which tells
+// it not to look at the syntax line again.
+func isDockerfileImage(ref string) bool {
+	named, err := reference.ParseNormalizedNamed(ref)
+	if err != nil {
+		return false
+	}
+	switch named.Name() {
+	case "docker.io/docker/dockerfile", "docker.io/docker/dockerfile-upstream":
+		return true
+	}
+	return false
+}
+
+// load hands a definition to the solver.
+func (c *Client) load(def *pb.Definition) (*Reference, error) {
+	if err := c.allowed.check(def); err != nil {
+		return nil, err
+	}
+	edge, err := c.Build.Load(def)
+	if err != nil {
+		return nil, wrapError(err)
+	}
+	return &Reference{shared: c.shared, definition: def, edge: edge}, nil
+}
+
+// ResolveImageConfig returns the canonical name, the manifest digest and the config of an image.
+func (c *Client) ResolveImageConfig(ctx context.Context, ref string, opt sourceresolver.Opt) (string, digest.Digest, []byte, error) {
+	return sourceresolver.NewImageMetaResolver(c).ResolveImageConfig(ctx, ref, opt)
+}
+
+// ResolveSourceMetadata resolves images. Other sources are answered as far as it needs no fetching.
+func (c *Client) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
+	if len(opt.SourcePolicies) > 0 {
+		return nil, errors.New("not supported yet: source policies")
+	}
+	scheme, name, ok := strings.Cut(op.GetIdentifier(), "://")
+	if !ok {
+		return nil, fmt.Errorf("source %q has no scheme", op.GetIdentifier())
+	}
+	switch scheme {
+	case "docker-image":
+		return c.resolveImage(ctx, op, name, opt)
+	case "local":
+		return &sourceresolver.MetaResponse{Op: op}, nil
+	}
+	return nil, fmt.Errorf("not supported yet: metadata of a %s source", scheme)
+}
+
+func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
+	var platform *ocispec.Platform
+	mode := op.Attrs[pb.AttrImageResolveMode]
+	noConfig := false
+	if image := opt.ImageOpt; image != nil {
+		if image.AttestationChain || len(image.ResolveAttestations) > 0 {
+			return nil, errors.New("not supported yet: attestations of an image")
+		}
+		platform = image.Platform
+		noConfig = image.NoConfig
+		if image.ResolveMode != "" {
+			mode = image.ResolveMode
+		}
+	}
+	logName := opt.LogName
+	if logName == "" {
+		logName = "resolve image config for " + op.Identifier
+	}
+	id := op.Identifier
+	if platform != nil {
+		id += "\x00" + platform.OS + "/" + platform.Architecture + platform.Variant
+	}
+	response := &sourceresolver.ResolveImageResponse{}
+	err := c.Step(ctx, logName, digest.FromString(id), func(env *solver.Env) error {
+		dgst, config, err := c.Images(ctx, env, name, platform, mode)
+		if err != nil {
+			return err
+		}
+		response.Digest = dgst
+		if !noConfig {
+			response.Config = config
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &sourceresolver.MetaResponse{Op: op, Image: response}, nil
+}
+
+// Step shows f as a vertex of the build: work that is not in the graph. id tells it from others.
+func (c *Client) Step(ctx context.Context, name string, id digest.Digest, f func(env *solver.Env) error) error {
+	started := time.Now()
+	c.Writer.Write(&bkclient.SolveStatus{Vertexes: []*bkclient.Vertex{{Digest: id, Name: name, Started: &started}}})
+	err := f(&solver.Env{
+		Session:  c.Session,
+		Pull:     c.Pull,
+		BuildID:  c.BuildID,
+		Progress: &vertexProgress{writer: c.Writer, vertex: id},
+	})
+	completed := time.Now()
+	v := &bkclient.Vertex{Digest: id, Name: name, Started: &started, Completed: &completed}
+	if err != nil {
+		v.Error = err.Error()
+		if ctx.Err() != nil {
+			v.Error = context.Canceled.Error()
+		}
+	}
+	c.Writer.Write(&bkclient.SolveStatus{Vertexes: []*bkclient.Vertex{v}})
+	return err
+}
+
+// BuildOpts returns the request's options and what we can do.
+func (c *Client) BuildOpts() gwclient.BuildOpts {
+	return gwclient.BuildOpts{
+		Opts:      c.opts,
+		SessionID: c.SessionID,
+		Workers:   c.Workers,
+		Product:   Product,
+		LLBCaps:   pb.Caps.CapSet(LLBCaps()),
+		Caps:      gatewayCapSet(),
+	}
+}
+
+// Inputs returns the states that the request gave to the frontend.
+func (c *Client) Inputs(context.Context) (map[string]llb.State, error) {
+	inputs := make(map[string]llb.State, len(c.inputs))
+	for name, def := range c.inputs {
+		op, err := llb.NewDefinitionOp(def)
+		if err != nil {
+			return nil, fmt.Errorf("frontend input %q: %w", name, err)
+		}
+		inputs[name] = llb.NewState(op)
+	}
+	return inputs, nil
+}
+
+// NewContainer is refused.
+func (c *Client) NewContainer(context.Context, gwclient.NewContainerRequest) (gwclient.Container, error) {
+	return nil, errors.New("not supported yet: containers started by a frontend (NewContainer)")
+}
+
+// Warn shows a warning at a vertex.
+func (c *Client) Warn(_ context.Context, vertex digest.Digest, msg string, opts gwclient.WarnOpts) error {
+	level := opts.Level
+	if level == 0 {
+		level = 1
+	}
+	c.Writer.Write(&bkclient.SolveStatus{Warnings: []*bkclient.VertexWarning{{
+		Vertex:     vertex,
+		Level:      level,
+		Short:      []byte(msg),
+		Detail:     opts.Detail,
+		URL:        opts.URL,
+		SourceInfo: opts.SourceInfo,
+		Range:      opts.Range,
+	}}})
+	return nil
+}
+
+// vertexProgress reports on a vertex that the gateway itself shows.
+type vertexProgress struct {
+	writer solver.Writer
+	vertex digest.Digest
+
+	mu      sync.Mutex // guards started
+	started map[string]time.Time
+}
+
+func (p *vertexProgress) Log(stream int, data []byte) {
+	p.writer.Write(&bkclient.SolveStatus{Logs: []*bkclient.VertexLog{{
+		Vertex: p.vertex, Stream: stream, Data: append([]byte(nil), data...), Timestamp: time.Now(),
+	}}})
+}
+
+func (p *vertexProgress) Status(id string, current, total int64, done bool) {
+	now := time.Now()
+	p.mu.Lock()
+	if p.started == nil {
+		p.started = map[string]time.Time{}
+	}
+	started, ok := p.started[id]
+	if !ok {
+		started = now
+		p.started[id] = now
+	}
+	p.mu.Unlock()
+	s := &bkclient.VertexStatus{ID: id, Vertex: p.vertex, Current: current, Total: total, Timestamp: now, Started: &started}
+	if done {
+		s.Completed = &now
+	}
+	p.writer.Write(&bkclient.SolveStatus{Statuses: []*bkclient.VertexStatus{s}})
+}
+
+func (p *vertexProgress) Warn(short string) {
+	p.writer.Write(&bkclient.SolveStatus{Warnings: []*bkclient.VertexWarning{{Vertex: p.vertex, Level: 1, Short: []byte(short)}}})
+}

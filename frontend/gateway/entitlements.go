@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"fmt"
+
+	"github.com/moby/buildkit/solver/pb"
+)
+
+// entitlements are the dangerous things that a client has allowed its build.
+type entitlements struct {
+	networkHost      bool
+	securityInsecure bool
+}
+
+func parseEntitlements(names []string) (entitlements, error) {
+	var e entitlements
+	for _, name := range names {
+		switch name {
+		case "network.host":
+			e.networkHost = true
+		case "security.insecure":
+			e.securityInsecure = true
+		default:
+			return e, fmt.Errorf("not supported yet: entitlement %q", name)
+		}
+	}
+	return e, nil
+}
+
+// check refuses a definition with an exec that needs what the client has not allowed: the client says what it
+// trusts its Dockerfile with.
+func (e entitlements) check(def *pb.Definition) error {
+	for _, data := range def.Def {
+		var op pb.Op
+		if err := op.UnmarshalVT(data); err != nil {
+			return fmt.Errorf("load LLB: %w", err)
+		}
+		exec := op.GetExec()
+		if exec == nil {
+			continue
+		}
+		if exec.Network == pb.NetMode_HOST && !e.networkHost {
+			return fmt.Errorf("network.host is not allowed: the build must be started with --allow network.host")
+		}
+		if exec.Security == pb.SecurityMode_INSECURE && !e.securityInsecure {
+			return fmt.Errorf("security.insecure is not allowed: the build must be started with --allow security.insecure")
+		}
+	}
+	return nil
+}

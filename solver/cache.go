@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package solver
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/cache/record"
+)
+
+// Records is the action cache as the solver uses it. record.Store implements it.
+type Records interface {
+	// Get returns the record of key. What cannot be read is a miss.
+	Get(ctx context.Context, key string) (*record.Record, bool, error)
+	PutBatch(ctx context.Context, items []record.Item) error
+	// Touch notes that the records were used now.
+	Touch(keys ...string) error
+	// GetValue and PutValue keep other facts by bucket and key.
+	GetValue(bucket, key string) ([]byte, bool, error)
+	PutValue(bucket, key string, value []byte) error
+}
+
+// Layers is the layer store as the solver uses it. layer.Store implements it.
+type Layers interface {
+	// Stat returns an error when the layer is not there.
+	Stat(ctx context.Context, id layer.ID) (layer.Info, error)
+	// Ensure brings layers that are in memory only to disk.
+	Ensure(ctx context.Context, ids ...layer.ID) error
+}
+
+// Logs keeps the logs of steps. blob.Store implements it.
+type Logs interface {
+	Put(ctx context.Context, r io.Reader, want ocispec.Descriptor) error
+}
+
+// durationBucket has how long a step took last time, in nanoseconds, by stepKey.
+const durationBucket = "solver.durations"
+
+// defaultDuration is taken for steps that have never run.
+const defaultDuration = time.Second
+
+// lookup returns the record of key if everything that it names is still there. Any trouble on the way is a miss: the work
+// is then done again, which is always right.
+func (s *Solver) lookup(ctx context.Context, key string, outputs int) (*record.Record, bool) {
+	rec, ok, err := s.records.Get(ctx, key)
+	if err != nil || !ok || len(rec.Outputs) != outputs {
+		return nil, false
+	}
+	for _, id := range layersOf(rec) {
+		if _, err := s.layers.Stat(ctx, id); err != nil {
+			return nil, false
+		}
+	}
+	// An error costs at most that the record is thought older than it is.
+	_ = s.records.Touch(key)
+	return rec, true
+}
+
+// layersOf returns the layers that rec names, each once.
+func layersOf(rec *record.Record) []layer.ID {
+	var ids []layer.ID
+	for _, snap := range rec.Outputs {
+		ids = append(ids, snap...)
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
+}
+
+// commit writes down what work has produced: first what the record names, then the record, so that a crash in between
+// costs one repeated step; the other order would cost a wrong hit.
+func (s *Solver) commit(ctx context.Context, n *node, rec *record.Record, key ContentKey, out *output) error {
+	if err := s.layers.Ensure(ctx, layersOf(rec)...); err != nil {
+		return fmt.Errorf("keep the result: %w", err)
+	}
+	var err error
+	if rec.Log, err = out.store(ctx, s.logs); err != nil {
+		return err
+	}
+	items := []record.Item{{Record: rec, Keys: []string{string(key)}}, n.recipeItem(rec)}
+	if err := s.records.PutBatch(ctx, items); err != nil {
+		return fmt.Errorf("record the result: %w", err)
+	}
+	// Only the order of later builds depends on it.
+	_ = s.records.PutValue(durationBucket, stepKey(n.entry.parts), binary.AppendVarint(nil, int64(rec.Duration)))
+	return nil
+}
+
+// recipeItem is what rec, found or made under n's content key, is under n's recipe key. The recipe key is written for
+// steps that ignore their cache as well: nothing in this build reads it, but the next build must not find an older result.
+func (n *node) recipeItem(rec *record.Record) record.Item {
+	recipe := *rec
+	recipe.Kind, recipe.Parts, recipe.Step = record.KindRecipe, n.recipeParts, n.step()
+	return record.Item{Record: &recipe, Keys: []string{string(n.recipe)}}
+}
+
+// step says where in the user's files n comes from.
+func (n *node) step() record.Step {
+	file, line := position(n.vertex)
+	return record.Step{Name: n.vertex.Name, Stage: stageName(n.vertex.Name), File: file, Line: line}
+}
+
+// lastDuration returns how long the work of e took when it ran last.
+func (s *Solver) lastDuration(e *entry) time.Duration {
+	b, ok, err := s.records.GetValue(durationBucket, stepKey(e.parts))
+	if err != nil || !ok {
+		return defaultDuration
+	}
+	d, n := binary.Varint(b)
+	if n <= 0 || d < 0 {
+		return defaultDuration
+	}
+	return time.Duration(d)
+}

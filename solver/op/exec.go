@@ -1,0 +1,685 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package op
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/buildkit/util/system"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/executor"
+	"github.com/seed-68981b69/slipway/solver"
+)
+
+// execOp runs one process in a container: a RUN.
+type execOp struct {
+	deps     *Deps
+	caches   *cacheMounts
+	op       *pb.ExecOp
+	platform *pb.Platform
+	res      *pb.LinuxResources
+	root     int // index of the root mount
+	outputs  int
+}
+
+// ExitError is a process that ended as it should not have.
+type ExitError struct {
+	Args []string
+	Code int
+	// OOMKilled says that the kernel killed something in the container for lack of memory.
+	OOMKilled bool
+	// Err is why the process could not even be started, nil when it ran.
+	Err error
+}
+
+// Error has the words that BuildKit's clients look for.
+func (e *ExitError) Error() string {
+	s := fmt.Sprintf("process %q did not complete successfully: exit code: %d", strings.Join(e.Args, " "), e.Code)
+	if e.OOMKilled {
+		s += ": out of memory: the kernel killed a process of this step"
+	}
+	if e.Err != nil {
+		s += ": " + e.Err.Error()
+	}
+	return s
+}
+
+func (e *ExitError) Unwrap() error { return e.Err }
+
+// withoutUnusedIndexes returns op with secret and ssh mounts that name neither input nor output: LLB leaves both 0 there, where
+// they mean nothing.
+func withoutUnusedIndexes(op *pb.ExecOp) *pb.ExecOp {
+	op = op.CloneVT()
+	for _, m := range op.GetMounts() {
+		switch m.GetMountType() {
+		case pb.MountType_SECRET, pb.MountType_SSH:
+			m.Input, m.Output = int64(pb.Empty), int64(pb.SkipOutput)
+		}
+	}
+	return op
+}
+
+func newExec(d *Deps, caches *cacheMounts, v *solver.Vertex, op *pb.ExecOp) (solver.Op, error) {
+	op = withoutUnusedIndexes(op)
+	e := &execOp{deps: d, caches: caches, op: op, platform: v.Op.Platform, res: v.Meta.GetLinuxResources(), root: -1}
+	if err := checkLinux(e.platform); err != nil {
+		return nil, err
+	}
+	if len(op.GetMeta().GetArgs()) == 0 {
+		return nil, fmt.Errorf("exec operation has no arguments")
+	}
+	for _, dev := range op.CdiDevices {
+		if !dev.Optional {
+			return nil, notSupported("device", dev.Name)
+		}
+	}
+	switch op.Network {
+	case pb.NetMode_UNSET, pb.NetMode_HOST, pb.NetMode_NONE:
+	default:
+		return nil, notSupported("network mode", op.Network.String())
+	}
+	switch op.Security {
+	case pb.SecurityMode_SANDBOX, pb.SecurityMode_INSECURE:
+	default:
+		return nil, notSupported("security mode", op.Security.String())
+	}
+	for _, s := range op.Secretenv {
+		if s.ID == "" || s.Name == "" || strings.Contains(s.Name, "=") {
+			return nil, fmt.Errorf("environment variable %q for secret %q: both need a name", s.Name, s.ID)
+		}
+	}
+	for _, u := range op.Meta.Ulimit {
+		if u.Soft < -1 || u.Hard < -1 {
+			return nil, fmt.Errorf("ulimit %s: invalid limit %d:%d", u.Name, u.Soft, u.Hard)
+		}
+	}
+	outputs := map[int64]bool{}
+	for i, m := range op.Mounts {
+		if err := checkMount(m, len(v.Inputs)); err != nil {
+			return nil, fmt.Errorf("mount %s: %w", m.GetDest(), err)
+		}
+		if isRoot(m) {
+			if e.root >= 0 {
+				return nil, fmt.Errorf("exec operation has two root mounts")
+			}
+			e.root = i
+		}
+		if m.Output != int64(pb.SkipOutput) {
+			if outputs[m.Output] {
+				return nil, fmt.Errorf("mount %s: output %d is there twice", m.Dest, m.Output)
+			}
+			outputs[m.Output] = true
+		}
+	}
+	if e.root < 0 {
+		return nil, fmt.Errorf("exec operation has no root mount")
+	}
+	e.outputs = len(outputs)
+	for i := range e.outputs {
+		if !outputs[int64(i)] {
+			return nil, fmt.Errorf("exec operation lacks output %d of %d", i, e.outputs)
+		}
+	}
+	return e, nil
+}
+
+func isRoot(m *pb.Mount) bool { return m.Dest == pb.RootMount }
+
+func checkMount(m *pb.Mount, inputs int) error {
+	if m == nil {
+		return fmt.Errorf("empty")
+	}
+	if m.Dest == "" {
+		return fmt.Errorf("no target")
+	}
+	if m.Input < -1 || m.Input >= int64(inputs) {
+		return fmt.Errorf("there is no input %d", m.Input)
+	}
+	if m.Output < -1 {
+		return fmt.Errorf("invalid output %d", m.Output)
+	}
+	if m.ResultID != "" {
+		return notSupported("result ID", m.ResultID)
+	}
+	if isRoot(m) && m.MountType != pb.MountType_BIND {
+		return fmt.Errorf("the root cannot be a %s mount", strings.ToLower(m.MountType.String()))
+	}
+	if isRoot(m) && path.Join("/", m.Selector) != "/" {
+		return notSupported("root in a subdirectory of its input", m.Selector)
+	}
+	for _, opt := range []struct {
+		set  bool
+		of   pb.MountType
+		name string
+	}{
+		{m.CacheOpt != nil, pb.MountType_CACHE, "cache"},
+		{m.TmpfsOpt != nil, pb.MountType_TMPFS, "tmpfs"},
+		{m.SecretOpt != nil, pb.MountType_SECRET, "secret"},
+		{m.SSHOpt != nil, pb.MountType_SSH, "ssh"},
+	} {
+		if opt.set && m.MountType != opt.of {
+			return fmt.Errorf("%s options on a mount of another type", opt.name)
+		}
+	}
+	switch m.MountType {
+	case pb.MountType_BIND:
+	case pb.MountType_CACHE:
+		if m.CacheOpt == nil {
+			return fmt.Errorf("no cache options")
+		}
+		switch m.CacheOpt.Sharing {
+		case pb.CacheSharingOpt_SHARED, pb.CacheSharingOpt_PRIVATE, pb.CacheSharingOpt_LOCKED:
+		default:
+			return notSupported("cache sharing", m.CacheOpt.Sharing.String())
+		}
+		if m.Output != int64(pb.SkipOutput) && m.Input == int64(pb.Empty) {
+			return fmt.Errorf("a cache mount without an input has no output")
+		}
+	case pb.MountType_TMPFS:
+		if m.TmpfsOpt.GetSize() < 0 {
+			return fmt.Errorf("negative size")
+		}
+	case pb.MountType_SECRET:
+		if m.SecretOpt.GetID() == "" {
+			return fmt.Errorf("no secret ID")
+		}
+	case pb.MountType_SSH:
+		if m.SSHOpt == nil {
+			return fmt.Errorf("no ssh options")
+		}
+	default:
+		return notSupported("mount type", m.MountType.String())
+	}
+	switch m.MountType {
+	case pb.MountType_TMPFS, pb.MountType_SECRET, pb.MountType_SSH:
+		if m.Output != int64(pb.SkipOutput) {
+			return fmt.Errorf("a %s mount has no output", strings.ToLower(m.MountType.String()))
+		}
+	}
+	switch m.ContentCache {
+	case pb.MountContentCache_DEFAULT, pb.MountContentCache_OFF:
+	case pb.MountContentCache_ON:
+		if m.Output != int64(pb.SkipOutput) && !m.Readonly && path.Join("/", m.Selector) != "/" {
+			return fmt.Errorf("invalid content cache for a writable subdirectory with an output")
+		}
+	default:
+		return notSupported("content cache", m.ContentCache.String())
+	}
+	return nil
+}
+
+// Parts names everything that may change what the process does. Not in it: the proxy's address, the addresses of
+// extra hosts and the limits of the cgroup, which say how the build reaches the same result (BuildKit's keys leave
+// them out too).
+func (e *execOp) Parts() []record.Part {
+	meta := e.op.Meta
+	p := parts{{Name: "op", Value: "exec"}}
+	p.platform(e.platform)
+	p.list("arg", meta.Args)
+	for _, v := range meta.Env {
+		name, value, _ := strings.Cut(v, "=")
+		p.add("env "+name, value)
+	}
+	p.nonempty("working directory", meta.Cwd)
+	p.nonempty("user", meta.User)
+	p.nonempty("hostname", meta.Hostname)
+	for _, h := range meta.ExtraHosts {
+		p.add("extra host", h.Host)
+	}
+	for _, u := range meta.Ulimit {
+		p.add("ulimit "+u.Name, fmt.Sprintf("%d:%d", u.Soft, u.Hard))
+	}
+	if len(meta.ValidExitCodes) > 0 {
+		p.add("valid exit codes", strings.Trim(fmt.Sprint(meta.ValidExitCodes), "[]"))
+	}
+	if e.op.Network != pb.NetMode_UNSET {
+		p.add("network", strings.ToLower(e.op.Network.String()))
+	}
+	if e.op.Security != pb.SecurityMode_SANDBOX {
+		p.add("security", strings.ToLower(e.op.Security.String()))
+	}
+	for _, m := range e.op.Mounts {
+		p.add("mount "+m.Dest, mountPart(m))
+	}
+	for _, s := range e.op.Secretenv {
+		p.add("secret env "+s.Name, optional("secret "+strconv.Quote(s.ID), s.Optional))
+	}
+	return p
+}
+
+func optional(s string, is bool) string {
+	if is {
+		return s + ", optional"
+	}
+	return s
+}
+
+func mountPart(m *pb.Mount) string {
+	s := strings.ToLower(m.MountType.String())
+	if m.Input != int64(pb.Empty) {
+		s += fmt.Sprintf(", input %d", m.Input)
+	}
+	if m.Selector != "" {
+		s += ", from " + strconv.Quote(m.Selector)
+	}
+	if m.Output != int64(pb.SkipOutput) {
+		s += fmt.Sprintf(", output %d", m.Output)
+	}
+	if m.Readonly {
+		s += ", read-only"
+	}
+	switch m.MountType {
+	case pb.MountType_CACHE:
+		s += fmt.Sprintf(", id %q, %s", m.CacheOpt.ID, strings.ToLower(m.CacheOpt.Sharing.String()))
+	case pb.MountType_TMPFS:
+		if n := m.TmpfsOpt.GetSize(); n > 0 {
+			s += fmt.Sprintf(", %d bytes", n)
+		}
+	case pb.MountType_SECRET:
+		o := m.SecretOpt
+		s = optional(fmt.Sprintf("%s, id %q, %d:%d, mode %#o", s, o.ID, o.Uid, o.Gid, o.Mode), o.Optional)
+	case pb.MountType_SSH:
+		o := m.SSHOpt
+		s = optional(fmt.Sprintf("%s, id %q, %d:%d, mode %#o", s, o.ID, o.Uid, o.Gid, o.Mode), o.Optional)
+	}
+	return s
+}
+
+// InputDigest covers the whole input where it becomes part of an output (a root above all), and otherwise what the
+// mounts show of it.
+func (e *execOp) InputDigest(ctx context.Context, _ *solver.Env, i int, in snapshot.Snapshot) (digest.Digest, error) {
+	var selected []string
+	for _, m := range e.op.Mounts {
+		if m.Input != int64(i) {
+			continue
+		}
+		sel := path.Join("/", m.Selector)
+		switch {
+		case m.MountType != pb.MountType_BIND && m.MountType != pb.MountType_CACHE:
+			continue
+		case m.Output != int64(pb.SkipOutput), isRoot(m), sel == "/", m.MountType == pb.MountType_CACHE,
+			m.ContentCache == pb.MountContentCache_OFF:
+			return e.deps.Snapshots.Content(ctx, in)
+		}
+		selected = append(selected, sel)
+	}
+	view, err := e.deps.Snapshots.View(ctx, in)
+	if err != nil {
+		return "", err
+	}
+	h := newHash("exec input")
+	for _, sel := range selected {
+		p, err := resolve(view, sel, true)
+		if err != nil {
+			return "", err
+		}
+		d, err := index.Digest(view, p)
+		if isNotExist(err) {
+			return "", &NotFoundError{sel}
+		} else if err != nil {
+			return "", err
+		}
+		fmt.Fprintf(h, "%s\x00", d)
+	}
+	return digest.NewDigest(digest.SHA256, h), nil
+}
+
+// Run runs the process and commits the mounts that are outputs.
+func (e *execOp) Run(ctx context.Context, env *solver.Env, inputs []snapshot.Snapshot) (_ []snapshot.Snapshot, err error) {
+	s := &step{op: e, env: env, inputs: inputs, made: make([]stepOutput, e.outputs)}
+	defer func() { err = errors.Join(err, s.cleanup()) }()
+	spec, err := s.spec(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.run(ctx, spec); err != nil {
+		return nil, err
+	}
+	return s.commit(ctx)
+}
+
+// step is one run of an execOp.
+type step struct {
+	op      *execOp
+	env     *solver.Env
+	inputs  []snapshot.Snapshot
+	made    []stepOutput
+	undo    []func() error // last first
+	secrets string         // directory of the tmpfs with secrets, "" when there is none
+}
+
+// stepOutput is what becomes an output: a mount to commit, or a snapshot as it is.
+type stepOutput struct {
+	mount    *snapshot.Mount
+	snapshot snapshot.Snapshot
+}
+
+func (s *step) later(fn func() error) { s.undo = append(s.undo, fn) }
+
+func (s *step) cleanup() error {
+	var errs []error
+	for _, fn := range slices.Backward(s.undo) {
+		errs = append(errs, fn())
+	}
+	return errors.Join(errs...)
+}
+
+// spec mounts what the process needs and describes it.
+func (s *step) spec(ctx context.Context) (executor.Spec, error) {
+	op, meta, deps := s.op.op, s.op.op.Meta, s.op.deps
+	var none executor.Spec
+	network, err := s.network()
+	if err != nil {
+		return none, err
+	}
+	if op.Security == pb.SecurityMode_INSECURE {
+		if err := s.entitled(EntitlementSecurityInsecure); err != nil {
+			return none, err
+		}
+	}
+	rootMount := op.Mounts[s.op.root]
+	view, err := deps.Snapshots.View(ctx, s.input(rootMount))
+	if err != nil {
+		return none, err
+	}
+	passwd, err := readFile(ctx, view, "/etc/passwd", maxAccountFile)
+	if err != nil && !isNotExist(err) {
+		return none, err
+	}
+	group, err := readFile(ctx, view, "/etc/group", maxAccountFile)
+	if err != nil && !isNotExist(err) {
+		return none, err
+	}
+	user, home, err := executor.ResolveUser(passwd, group, meta.User)
+	if err != nil {
+		return none, err
+	}
+	environ, err := s.environ(ctx, home)
+	if err != nil {
+		return none, err
+	}
+	spec := executor.Spec{
+		ID:              "step-" + randomID(),
+		ReadonlyRootfs:  rootMount.Readonly,
+		Args:            meta.Args,
+		Env:             environ,
+		Cwd:             path.Join("/", meta.Cwd),
+		User:            user,
+		Hostname:        meta.Hostname,
+		Network:         network,
+		Privileged:      op.Security == pb.SecurityMode_INSECURE,
+		NoNewPrivileges: false, // sudo works in a build step, as it does in BuildKit's
+		CgroupParent:    meta.CgroupParent,
+		Resources:       resources(s.op.res),
+	}
+	for _, h := range meta.ExtraHosts {
+		spec.ExtraHosts = append(spec.ExtraHosts, executor.HostEntry{Host: h.Host, IP: h.IP})
+	}
+	for _, u := range meta.Ulimit {
+		spec.Ulimits = append(spec.Ulimits, executor.Ulimit{Name: u.Name, Soft: uint64(u.Soft), Hard: uint64(u.Hard)})
+	}
+	if spec.Rootfs, spec.Mounts, err = s.mounts(ctx); err != nil {
+		return none, err
+	}
+	return spec, nil
+}
+
+func (s *step) input(m *pb.Mount) snapshot.Snapshot {
+	if m.Input == int64(pb.Empty) {
+		return nil
+	}
+	return s.inputs[m.Input]
+}
+
+func (s *step) entitled(name string) error {
+	if allowed := s.op.deps.Allowed; allowed == nil || !allowed(s.env, name) {
+		return fmt.Errorf("%s is not allowed: the build must be started with --allow %s and the engine must permit it", name, name)
+	}
+	return nil
+}
+
+func (s *step) network() (executor.NetworkMode, error) {
+	switch s.op.op.Network {
+	case pb.NetMode_HOST:
+		return executor.NetworkHost, s.entitled(EntitlementNetworkHost)
+	case pb.NetMode_NONE:
+		return executor.NetworkNone, nil
+	}
+	if d := s.op.deps.DefaultNetwork; d != "" {
+		return d, nil
+	}
+	return executor.NetworkBridge, nil
+}
+
+func resources(r *pb.LinuxResources) executor.Resources {
+	return executor.Resources{
+		MemoryBytes:     r.GetMemory(),
+		MemorySwapBytes: r.GetMemorySwap(),
+		CPUShares:       r.GetCpuShares(),
+		CPUPeriod:       r.GetCpuPeriod(),
+		CPUQuota:        r.GetCpuQuota(),
+		CpusetCpus:      r.GetCpusetCpus(),
+		CpusetMems:      r.GetCpusetMems(),
+	}
+}
+
+// environ is the environment of the process: the op's, the proxy's, secrets, and what every process needs.
+func (s *step) environ(ctx context.Context, home string) ([]string, error) {
+	meta := s.op.op.Meta
+	env := slices.Clone(meta.Env)
+	if p := meta.ProxyEnv; p != nil {
+		for _, v := range []struct{ name, value string }{
+			{"HTTP_PROXY", p.HttpProxy}, {"HTTPS_PROXY", p.HttpsProxy}, {"FTP_PROXY", p.FtpProxy},
+			{"NO_PROXY", p.NoProxy}, {"ALL_PROXY", p.AllProxy},
+		} {
+			if v.value != "" {
+				env = append(env, v.name+"="+v.value, strings.ToLower(v.name)+"="+v.value)
+			}
+		}
+	}
+	for _, def := range []string{"PATH=" + system.DefaultPathEnvUnix, "HOME=" + home} {
+		name, _, _ := strings.Cut(def, "=")
+		if !slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, name+"=") }) {
+			env = append(env, def)
+		}
+	}
+	for _, se := range s.op.op.Secretenv {
+		value, ok, err := s.secret(ctx, se.ID, se.Optional)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			env = append(env, se.Name+"="+string(value))
+		}
+	}
+	return env, nil
+}
+
+// mounts makes the root and everything mounted in it. What it makes is undone by cleanup.
+func (s *step) mounts(ctx context.Context) (root string, out []executor.Mount, err error) {
+	dirs, err := s.cacheDirs(ctx)
+	if err != nil {
+		return "", nil, err
+	}
+	for i, m := range s.op.op.Mounts {
+		if i == s.op.root {
+			if root, err = s.rootMount(ctx, m); err != nil {
+				return "", nil, err
+			}
+			continue
+		}
+		var em executor.Mount
+		ok := true
+		switch m.MountType {
+		case pb.MountType_BIND:
+			em, err = s.bindMount(ctx, m)
+		case pb.MountType_CACHE:
+			em, err = s.cacheMount(m, dirs[i])
+		case pb.MountType_TMPFS:
+			em = executor.Mount{Kind: executor.MountTmpfs, SizeBytes: m.TmpfsOpt.GetSize()}
+		case pb.MountType_SECRET:
+			em, ok, err = s.secretMount(ctx, m.SecretOpt)
+		case pb.MountType_SSH:
+			em, ok, err = s.sshMount(ctx, m.SSHOpt)
+		}
+		if err != nil {
+			return "", nil, fmt.Errorf("mount %s: %w", m.Dest, err)
+		}
+		if !ok {
+			continue
+		}
+		em.Target = path.Clean(m.Dest)
+		if !path.IsAbs(em.Target) {
+			em.Target = path.Join("/", s.op.op.Meta.Cwd, em.Target)
+		}
+		em.Readonly = em.Readonly || m.Readonly
+		out = append(out, em)
+	}
+	// A mount must not hide one that was made below it.
+	slices.SortStableFunc(out, func(a, b executor.Mount) int { return strings.Compare(a.Target, b.Target) })
+	return root, out, nil
+}
+
+func (s *step) mount(ctx context.Context, in snapshot.Snapshot, writable bool) (*snapshot.Mount, error) {
+	mnt, err := s.op.deps.Snapshots.Mount(ctx, in, snapshot.MountOptions{Writable: writable})
+	if err != nil {
+		return nil, err
+	}
+	s.later(mnt.Release) // does nothing once it is committed
+	return mnt, nil
+}
+
+// rootMount is writable even when the process sees it read-only, for the mount points.
+func (s *step) rootMount(ctx context.Context, m *pb.Mount) (string, error) {
+	mnt, err := s.mount(ctx, s.input(m), true)
+	if err != nil {
+		return "", err
+	}
+	s.output(m, mnt)
+	return mnt.Path(), nil
+}
+
+// output notes what becomes the mount's output, if it has one.
+func (s *step) output(m *pb.Mount, mnt *snapshot.Mount) {
+	switch {
+	case m.Output == int64(pb.SkipOutput):
+	case m.Readonly || m.MountType == pb.MountType_CACHE:
+		s.made[m.Output].snapshot = s.input(m)
+	default:
+		s.made[m.Output].mount = mnt
+	}
+}
+
+func (s *step) bindMount(ctx context.Context, m *pb.Mount) (executor.Mount, error) {
+	in := s.input(m)
+	mnt, err := s.mount(ctx, in, !m.Readonly || in == nil)
+	if err != nil {
+		return executor.Mount{}, err
+	}
+	s.output(m, mnt)
+	// The index says where the selector leads, so no symlink is followed on the host. Nobody else can write to the
+	// mount before the container has it.
+	view, err := s.op.deps.Snapshots.View(ctx, in)
+	if err != nil {
+		return executor.Mount{}, err
+	}
+	p, err := resolve(view, m.Selector, true)
+	if err != nil {
+		return executor.Mount{}, err
+	}
+	if _, ok := view.Lookup(p); !ok {
+		return executor.Mount{}, &NotFoundError{m.Selector}
+	}
+	return executor.Mount{Kind: executor.MountBind, Source: filepath.Join(mnt.Path(), p)}, nil
+}
+
+// run runs the process to its end.
+func (s *step) run(ctx context.Context, spec executor.Spec) error {
+	deps := s.op.deps
+	proc, err := deps.Executor.Start(ctx, spec, executor.IO{
+		Stdout: logWriter{s.env.Progress, 1},
+		Stderr: logWriter{s.env.Progress, 2},
+	})
+	if start, ok := errors.AsType[*executor.StartError](err); ok && ctx.Err() == nil {
+		return &ExitError{Args: spec.Args, Code: start.Code, Err: start}
+	}
+	if err != nil {
+		return s.canceled(ctx, fmt.Errorf("start container: %w", err))
+	}
+	exit, err := proc.Wait()
+	if start, ok := errors.AsType[*executor.StartError](err); ok && ctx.Err() == nil {
+		return &ExitError{Args: spec.Args, Code: start.Code, Err: start}
+	}
+	if err != nil {
+		return s.canceled(ctx, fmt.Errorf("run container: %w", err))
+	}
+	if u, ok := s.env.Progress.(solver.UsageProgress); ok {
+		u.Usage(exit.PeakMemoryBytes, exit.CPUTime)
+	}
+	valid := []int32{0}
+	if len(s.op.op.Meta.ValidExitCodes) > 0 {
+		valid = s.op.op.Meta.ValidExitCodes
+	}
+	if err := s.canceled(ctx, nil); err != nil {
+		return err // whatever its exit code: it was killed
+	}
+	if !slices.Contains(valid, int32(exit.Code)) {
+		return &ExitError{Args: spec.Args, Code: exit.Code, OOMKilled: exit.OOMKilled}
+	}
+	return nil
+}
+
+// canceled prefers the reason for which the context ended.
+func (s *step) canceled(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// commit makes the outputs. After an error what was not committed is discarded by cleanup.
+func (s *step) commit(ctx context.Context) (out []snapshot.Snapshot, err error) {
+	out = make([]snapshot.Snapshot, len(s.made))
+	for i := range s.made {
+		o := s.made[i]
+		if o.mount == nil {
+			out[i] = o.snapshot
+			continue
+		}
+		if out[i], err = o.mount.Commit(ctx); err != nil {
+			return nil, fmt.Errorf("commit output %d: %w", i, err)
+		}
+	}
+	return out, nil
+}
+
+type logWriter struct {
+	progress solver.Progress
+	stream   int
+}
+
+func (w logWriter) Write(p []byte) (int, error) {
+	w.progress.Log(w.stream, bytes.Clone(p))
+	return len(p), nil
+}
+
+func randomID() string {
+	var b [8]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}

@@ -1,0 +1,600 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package solvertest
+
+// Random graphs, built by several builds at once in fake time, with failures and cancellations, and compared with Model.
+//
+// Bugs that were planted by hand in the solver, each of which made a test of this package fail:
+//
+//   - see the list at the end of this comment, kept by TestSimulation's name for it
+//
+// PLANTED
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/goleak"
+	"pgregory.net/rapid"
+
+	"github.com/seed-68981b69/slipway/solver"
+)
+
+// scenarios is how many TestSimulation tries unless -rapid.checks says otherwise. Each has about eight builds.
+const scenarios = "600"
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "rapid.checks" })
+	if !given {
+		if err := flag.Set("rapid.checks", scenarios); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(2)
+		}
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// scenario is everything that is random about one try.
+type scenario struct {
+	jobs      int
+	durations []int // seconds
+	rounds    []round
+}
+
+// round is some builds at once, in a world that has changed since the last one.
+type round struct {
+	pins           map[string]int
+	locals         map[string]Content
+	failing        map[int]bool
+	failingSources map[string]bool
+	builds         []buildSpec
+	warm           bool // the build before was the same
+}
+
+type buildSpec struct {
+	graph   Graph
+	also    []int // more steps to evaluate at once in the same build
+	noCache bool
+	start   int // seconds after the round began
+	cancel  int // half a second less than so many seconds after its start; 0 means never
+}
+
+var sourceNames = []string{"x", "y"}
+
+func drawGraph(t *rapid.T) Graph {
+	n := rapid.IntRange(1, 9).Draw(t, "steps")
+	g := Graph{}
+	for i := range n {
+		s := Step{Outputs: 1}
+		s.Kind = rapid.SampledFrom([]Kind{Run, Run, Run, Run, Run, Pin, Local}).Draw(t, "kind")
+		if s.Kind != Run {
+			s.Source = rapid.SampledFrom(sourceNames).Draw(t, "source")
+			if slices.ContainsFunc(g.Steps, func(o Step) bool { return o.Kind == s.Kind && o.Source == s.Source }) {
+				s = Step{Kind: Run, Outputs: 1} // the vertex would be the same one
+			}
+		}
+		if s.Kind == Run {
+			s.Command = rapid.IntRange(0, 7).Draw(t, "command")
+			s.Outputs = rapid.IntRange(1, 2).Draw(t, "outputs")
+			s.IgnoreCache = rapid.IntRange(0, 9).Draw(t, "ignore cache") == 9
+			for range rapid.IntRange(0, min(3, i)).Draw(t, "inputs") {
+				in := Input{Step: rapid.IntRange(0, i-1).Draw(t, "input")}
+				in.Output = rapid.IntRange(0, g.Steps[in.Step].Outputs-1).Draw(t, "output")
+				in.Sees = rapid.IntRange(0, 2).Draw(t, "sees")
+				s.Inputs = append(s.Inputs, in)
+			}
+		}
+		g.Steps = append(g.Steps, s)
+	}
+	g.Root = n - 1
+	g.Output = rapid.IntRange(0, g.Steps[g.Root].Outputs-1).Draw(t, "root output")
+	return g
+}
+
+// mutate returns g with some commands written otherwise.
+func mutate(t *rapid.T, g Graph) Graph {
+	g.Steps = slices.Clone(g.Steps)
+	for range rapid.IntRange(0, 2).Draw(t, "mutations") {
+		i := rapid.IntRange(0, len(g.Steps)-1).Draw(t, "mutated")
+		if g.Steps[i].Kind == Run {
+			g.Steps[i].Command ^= rapid.SampledFrom([]int{1, 1, 2}).Draw(t, "mutation")
+		}
+	}
+	return g
+}
+
+func drawScenario(t *rapid.T) scenario {
+	sc := scenario{
+		jobs:      rapid.IntRange(1, 4).Draw(t, "jobs"),
+		durations: rapid.SliceOfN(rapid.IntRange(0, 5), 3, 8).Draw(t, "durations"),
+	}
+	g := drawGraph(t)
+	for range rapid.IntRange(1, 4).Draw(t, "rounds") {
+		r := round{pins: map[string]int{}, locals: map[string]Content{}, failing: map[int]bool{}, failingSources: map[string]bool{}}
+		for _, name := range sourceNames {
+			r.pins[name] = rapid.IntRange(0, 2).Draw(t, "pin")
+			r.locals[name] = Content{A: rapid.IntRange(0, 1).Draw(t, "local A"), B: rapid.IntRange(0, 1).Draw(t, "local B")}
+			r.failingSources[name] = rapid.IntRange(0, 19).Draw(t, "source fails") == 19
+		}
+		for c := range 8 {
+			r.failing[c] = rapid.IntRange(0, 11).Draw(t, "fails") == 11
+		}
+		for range rapid.SampledFrom([]int{1, 1, 2, 3}).Draw(t, "builds") {
+			b := buildSpec{graph: mutate(t, g)}
+			b.noCache = rapid.IntRange(0, 9).Draw(t, "no cache") == 9
+			b.start = rapid.IntRange(0, 6).Draw(t, "start")
+			if rapid.IntRange(0, 5).Draw(t, "canceled") == 5 {
+				b.cancel = rapid.IntRange(1, 9).Draw(t, "cancel")
+			}
+			if rapid.IntRange(0, 5).Draw(t, "several results") == 5 {
+				for range rapid.IntRange(1, 2).Draw(t, "more results") {
+					b.also = append(b.also, rapid.IntRange(0, len(g.Steps)-1).Draw(t, "also"))
+				}
+			}
+			r.builds = append(r.builds, b)
+		}
+		sc.rounds = append(sc.rounds, r)
+	}
+	return sc
+}
+
+func TestSimulation(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		sc := drawScenario(rt)
+		// A panic in the bubble would end the process before anything is shrunk: return the error and fail outside.
+		var err error
+		synctest.Test(t, func(*testing.T) { err = sc.run() })
+		if err != nil {
+			rt.Fatal(err)
+		}
+	})
+}
+
+func (sc scenario) run() error {
+	w := NewWorld()
+	w.PinTime = time.Second
+	w.Durations = nil
+	for _, d := range sc.durations {
+		w.Durations = append(w.Durations, time.Duration(d)*time.Second)
+	}
+	s := solver.New(solver.Options{Layers: w.Layers, Records: w.Records, Jobs: sc.jobs, NewOp: w.NewOp})
+	for i, r := range sc.rounds {
+		if err := sc.round(w, s, r); err != nil {
+			return fmt.Errorf("round %d: %w", i, err)
+		}
+	}
+
+	// Whatever has failed and been canceled, a second try gets it done, and a third one has nothing to do.
+	last := sc.rounds[len(sc.rounds)-1]
+	last.failing, last.failingSources = map[int]bool{}, map[string]bool{}
+	for _, b := range last.builds {
+		retry := last
+		retry.builds = []buildSpec{{graph: b.graph, noCache: b.noCache}}
+		if err := sc.round(w, s, retry); err != nil {
+			return fmt.Errorf("retry: %w", err)
+		}
+		retry.warm = true
+		if err := sc.round(w, s, retry); err != nil {
+			return fmt.Errorf("warm: %w", err)
+		}
+	}
+	return nil
+}
+
+// outcome is what one call of Result has brought.
+type outcome struct {
+	graph   Graph
+	content Content
+	err     error
+	took    time.Duration // since the start of the build
+	at      time.Time
+	active  int // what was still at work when it returned
+}
+
+// round runs the builds of r and checks all there is to check.
+func (sc scenario) round(w *World, s *solver.Solver, r round) error {
+	w.Pins, w.Locals, w.Failing, w.FailingSources = r.pins, r.locals, r.failing, r.failingSources
+	recorded := w.Records.Recorded()
+	w.Events()
+	w.Pinned()
+	w.Records.Gets()
+
+	screens := make([]*Screen, len(r.builds))
+	outcomes := make([][]outcome, len(r.builds))
+	var wg sync.WaitGroup
+	for i, spec := range r.builds {
+		screens[i] = new(Screen)
+		wg.Go(func() { outcomes[i] = build(w, s, fmt.Sprint(i), spec, screens[i]) })
+	}
+	wg.Wait()
+	synctest.Wait()
+	if n := w.Active(); n != 0 {
+		return fmt.Errorf("%d steps are still at work when everything has returned", n)
+	}
+	most, pins := w.Most, w.Pinned()
+	events := w.Events()
+	if most > sc.jobs {
+		return fmt.Errorf("%d steps at once, %d allowed", most, sc.jobs)
+	}
+
+	for i, spec := range r.builds {
+		for _, o := range outcomes[i] {
+			if err := checkOutcome(w, spec, o, recorded); err != nil {
+				return fmt.Errorf("build %d, result of step %d: %w", i, o.graph.Root, err)
+			}
+		}
+		if err := checkScreen(w, spec, outcomes[i], screens[i]); err != nil {
+			return fmt.Errorf("build %d, progress: %w", i, err)
+		}
+	}
+	if err := checkRuns(w, r, events, pins, recorded); err != nil {
+		return err
+	}
+	if len(r.builds) == 1 && len(r.builds[0].also) == 0 {
+		return sc.checkAlone(w, r, r.builds[0], outcomes[0][0], events, recorded)
+	}
+	return nil
+}
+
+// build runs one build.
+func build(w *World, s *solver.Solver, id string, spec buildSpec, screen *Screen) []outcome {
+	time.Sleep(time.Duration(spec.start) * time.Second)
+	begin := time.Now()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	if spec.cancel > 0 {
+		// Never at the same time as anything else happens: what comes first then is not a question of right and wrong.
+		timer := time.AfterFunc(time.Duration(spec.cancel)*time.Second-time.Second/2, func() { cancel(errCanceled) })
+		defer timer.Stop()
+	}
+	b := s.NewBuild(solver.BuildOptions{ID: id, Writer: screen, NoCache: spec.noCache})
+	defer b.Close()
+
+	wanted := []Graph{spec.graph}
+	for _, step := range spec.also {
+		g := spec.graph
+		g.Root, g.Output = step, 0
+		wanted = append(wanted, g)
+	}
+	outcomes := make([]outcome, len(wanted))
+	var wg sync.WaitGroup
+	for i, g := range wanted {
+		def, _ := g.Definition()
+		edge, err := b.Load(def)
+		if err != nil {
+			outcomes[i] = outcome{graph: g, err: fmt.Errorf("load: %w", err)}
+			continue
+		}
+		wg.Go(func() {
+			snap, err := b.Result(ctx, edge)
+			o := outcome{graph: g, err: err, took: time.Since(begin), at: time.Now(), active: w.Active()}
+			if err == nil {
+				var ok bool
+				if o.content, ok = w.Content(snap); !ok {
+					o.err = fmt.Errorf("%v is not a snapshot of this world", snap)
+				}
+			}
+			outcomes[i] = o
+		})
+	}
+	wg.Wait()
+	return outcomes
+}
+
+var errCanceled = errors.New("the user has pressed Ctrl-C")
+
+// failures lists the steps of g that cannot succeed.
+func failures(w *World, g Graph, m *Model, recorded map[Key]bool) []int {
+	var bad []int
+	for _, i := range m.Needed {
+		if s := g.Steps[i]; s.Kind != Run && w.FailingSources[s.Source] {
+			bad = append(bad, i)
+		}
+	}
+	for _, i := range m.MustRun(g, recorded) {
+		if s := g.Steps[i]; s.Kind == Run && w.Failing[s.Command] {
+			bad = append(bad, i)
+		}
+	}
+	return bad
+}
+
+// checkOutcome compares a result with the model.
+func checkOutcome(w *World, spec buildSpec, o outcome, recorded map[Key]bool) error {
+	m := w.Model(o.graph, spec.noCache)
+	bad := failures(w, o.graph, m, recorded)
+	if spec.cancel > 0 {
+		at := time.Duration(spec.cancel)*time.Second - time.Second/2
+		if errors.Is(o.err, errCanceled) {
+			if o.took != at {
+				return fmt.Errorf("canceled after %v, returned after %v", at, o.took)
+			}
+			return nil
+		}
+		if o.took > at {
+			return fmt.Errorf("canceled after %v, returned after %v with %v", at, o.took, o.err)
+		}
+	}
+	if len(bad) == 0 {
+		if o.err != nil {
+			return fmt.Errorf("unexpected error: %w", o.err)
+		}
+		if o.content != m.Result {
+			return fmt.Errorf("result %v, the model has %v", o.content, m.Result)
+		}
+		return nil
+	}
+	if o.err == nil {
+		return fmt.Errorf("no error, although steps %v cannot succeed", bad)
+	}
+	return checkErrors(o.err, bad)
+}
+
+// checkErrors checks that err names some of the steps that fail, each once.
+func checkErrors(err error, bad []int) error {
+	errs := []error{err}
+	if m, ok := err.(interface{ Unwrap() []error }); ok {
+		errs = m.Unwrap()
+	}
+	var seen []string
+	for _, e := range errs {
+		var v *solver.VertexError
+		if !errors.As(e, &v) || !errors.Is(e, ErrStep) {
+			return fmt.Errorf("error %v is not of a vertex", e)
+		}
+		if slices.Contains(seen, v.Vertex.Name) {
+			return fmt.Errorf("%s is reported twice", v.Vertex.Name)
+		}
+		seen = append(seen, v.Vertex.Name)
+		if !slices.ContainsFunc(bad, func(i int) bool { return v.Vertex.Name == fmt.Sprintf("step %d", i) }) {
+			return fmt.Errorf("%s is reported, but %v fail", v.Vertex.Name, bad)
+		}
+		if s := string(v.Log); s != "" && !strings.HasPrefix(s, "begin ") {
+			return fmt.Errorf("the error of %s has the log %q", v.Vertex.Name, s)
+		}
+	}
+	return nil
+}
+
+// checkRuns checks what was run in a round, whoever ran it.
+func checkRuns(w *World, r round, events []Event, pins map[string]int, recorded map[Key]bool) error {
+	fresh, needed := map[Key]int{}, map[Key]bool{}
+	calm := true
+	for _, spec := range r.builds {
+		steps := map[int]bool{}
+		for _, root := range append([]int{spec.graph.Root}, spec.also...) {
+			g := spec.graph
+			g.Root, g.Output = root, 0
+			m := w.Model(g, spec.noCache)
+			for _, i := range m.Needed {
+				if steps[i] || g.Steps[i].Kind == Local {
+					continue
+				}
+				steps[i] = true
+				if m.Fresh[i] {
+					fresh[m.Keys[i]]++
+				} else {
+					needed[m.Keys[i]] = true
+				}
+			}
+			calm = calm && spec.cancel == 0 && len(failures(w, g, m, recorded)) == 0
+		}
+	}
+	active, succeeded := map[Key]int{}, map[Key]int{}
+	for _, e := range events {
+		if e.Kind == Local {
+			continue
+		}
+		if e.Start {
+			active[e.Key]++
+			if active[e.Key] > 1+fresh[e.Key] {
+				return fmt.Errorf("%q runs %d times at once", e.Key, active[e.Key])
+			}
+			if fresh[e.Key] == 0 && recorded[e.Key] {
+				return fmt.Errorf("%q runs although it is recorded", e.Key)
+			}
+			if fresh[e.Key] == 0 && !needed[e.Key] {
+				return fmt.Errorf("%q runs and nobody needs it", e.Key)
+			}
+			continue
+		}
+		active[e.Key]--
+		if e.Err == nil {
+			succeeded[e.Key]++
+		}
+	}
+	if !calm {
+		return nil
+	}
+	for source, n := range pins {
+		if n > 1 {
+			return fmt.Errorf("%s was pinned %d times in one build", source, n)
+		}
+	}
+	for key := range needed {
+		least, most := 0, fresh[key]
+		if !recorded[key] {
+			least, most = 1, most+1
+		}
+		if fresh[key] > 0 {
+			least = 1
+		}
+		if n := succeeded[key]; n < least || n > most {
+			return fmt.Errorf("%q has run %d times, want %d to %d", key, n, least, most)
+		}
+	}
+	for key, most := range fresh {
+		if n := succeeded[key]; n < 1 || !needed[key] && n > most {
+			return fmt.Errorf("%q ignores its cache and has run %d times, want 1 to %d", key, n, most)
+		}
+	}
+	return nil
+}
+
+// checkAlone checks what is only certain when a build has the solver for itself.
+func (sc scenario) checkAlone(w *World, r round, spec buildSpec, o outcome, events []Event, recorded map[Key]bool) error {
+	if o.active != 0 {
+		return fmt.Errorf("%d steps are still at work when Result returns", o.active)
+	}
+	m := w.Model(o.graph, spec.noCache)
+	run := m.MustRun(o.graph, recorded)
+
+	var failedAt time.Time
+	for _, e := range events {
+		switch {
+		case errors.Is(e.Err, ErrStep) && failedAt.IsZero():
+			failedAt = e.At
+		case e.Start && !failedAt.IsZero() && (e.At.After(failedAt) || sc.jobs == 1 && e.Kind == Run):
+			return fmt.Errorf("%q starts after a failure", e.Key)
+		}
+	}
+	if !failedAt.IsZero() && !errors.Is(o.err, errCanceled) && !o.at.Equal(failedAt) {
+		return fmt.Errorf("returned %v after the failure", o.at.Sub(failedAt))
+	}
+	if o.err != nil {
+		return nil
+	}
+
+	// Graham's bound: no scheduler that keeps its slots busy needs longer, and none can be faster than the longest path.
+	parallel, serial := w.Bounds(o.graph, m, run)
+	var pins time.Duration
+	for _, i := range m.Needed {
+		switch o.graph.Steps[i].Kind {
+		case Pin:
+			pins = max(pins, w.PinTime)
+		case Local:
+			pins = max(pins, 2*w.PinTime)
+		}
+	}
+	if !slices.ContainsFunc(run, func(i int) bool { return m.Fresh[i] }) {
+		if most := pins + parallel + serial/time.Duration(sc.jobs); o.took > most {
+			return fmt.Errorf("took %v, more than %v", o.took, most)
+		}
+		if sc.jobs >= len(run) && o.took != pins+parallel {
+			return fmt.Errorf("took %v, the longest path is %v", o.took, pins+parallel)
+		}
+	}
+
+	// A build that finds its root looks at nothing else.
+	if gets := w.Records.Gets(); r.warm && !slices.Contains(m.Fresh, true) && gets > 1 {
+		return fmt.Errorf("a warm build has asked for %d records", gets)
+	}
+	return nil
+}
+
+// checkScreen checks what one build has shown.
+func checkScreen(w *World, spec buildSpec, outcomes []outcome, screen *Screen) error {
+	_, digests := spec.graph.Definition()
+	m := w.Model(spec.graph, spec.noCache)
+	if len(spec.also) == 0 {
+		if err := screen.Check(postOrder(spec.graph, digests)); err != nil {
+			return err
+		}
+	}
+	for _, o := range outcomes {
+		if o.err != nil {
+			return nil
+		}
+	}
+	for _, i := range m.Needed {
+		name := fmt.Sprintf("step %d", i)
+		v := screen.Last(digests[i])
+		if v.Completed == nil || v.Error != "" {
+			return fmt.Errorf("%s ends as %+v", name, v)
+		}
+		want := fmt.Sprintf("begin %s\nend %[1]s\n", m.Keys[i])
+		if v.Cached {
+			want = ""
+			if m.Fresh[i] || spec.graph.Steps[i].Kind == Local {
+				return fmt.Errorf("%s is shown as cached", name)
+			}
+		}
+		if got := screen.Log(digests[i]); got != want {
+			return fmt.Errorf("log of %s (cached: %v) is %q, want %q", name, v.Cached, got, want)
+		}
+	}
+	return nil
+}
+
+// postOrder lists the vertices of g as a definition is read: inputs first.
+func postOrder(g Graph, digests []digest.Digest) []digest.Digest {
+	var order []digest.Digest
+	var visit func(i int)
+	visit = func(i int) {
+		if slices.Contains(order, digests[i]) {
+			return
+		}
+		for _, in := range g.Steps[i].Inputs {
+			visit(in.Step)
+		}
+		order = append(order, digests[i])
+	}
+	visit(g.Root)
+	return order
+}
+
+// TestLayersGone deletes layers between builds, as a garbage collection does that knows nothing of records: a record
+// whose layers are gone is a miss and nothing else.
+func TestLayersGone(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		g := drawGraph(rt)
+		next := mutate(rt, g)
+		jobs := rapid.IntRange(1, 3).Draw(rt, "jobs")
+		gone := rapid.SliceOfN(rapid.Bool(), 16, 16).Draw(rt, "gone")
+		var err error
+		synctest.Test(t, func(*testing.T) { err = layersGone(g, next, jobs, gone) })
+		if err != nil {
+			rt.Fatal(err)
+		}
+	})
+}
+
+func layersGone(g, next Graph, jobs int, gone []bool) error {
+	w := NewWorld()
+	s := solver.New(solver.Options{Layers: w.Layers, Records: w.Records, Jobs: jobs, NewOp: w.NewOp})
+	try := func(g Graph) (int, error) {
+		w.Events()
+		o := build(w, s, "b", buildSpec{graph: g}, new(Screen))[0]
+		if want := w.Model(g, false).Result; o.err != nil || o.content != want {
+			return 0, fmt.Errorf("result %v (%v), the model has %v", o.content, o.err, want)
+		}
+		ran, seen := 0, map[Key]bool{}
+		for _, e := range w.Events() {
+			if e.Start && e.Kind != Local {
+				ran++
+				if seen[e.Key] && !slices.ContainsFunc(g.Steps, func(s Step) bool { return s.IgnoreCache }) {
+					return 0, fmt.Errorf("%q runs twice", e.Key)
+				}
+				seen[e.Key] = true
+			}
+		}
+		return ran, nil
+	}
+	if _, err := try(g); err != nil {
+		return fmt.Errorf("first build: %w", err)
+	}
+	w.Layers.Remove(func(i int) bool { return gone[i%len(gone)] })
+	if _, err := try(next); err != nil {
+		return fmt.Errorf("build after layers have gone: %w", err)
+	}
+	n, err := try(next)
+	if err != nil {
+		return fmt.Errorf("warm build: %w", err)
+	}
+	if n > 0 && !slices.ContainsFunc(next.Steps, func(s Step) bool { return s.IgnoreCache }) {
+		return fmt.Errorf("a warm build has run %d steps", n)
+	}
+	return nil
+}
