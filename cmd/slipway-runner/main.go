@@ -60,7 +60,8 @@ func run() error {
 	logrus.SetLevel(logrus.WarnLevel)
 
 	// The terminal's Ctrl-C is for the engine to decide about.
-	signal.Ignore(unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
+	// Caught and not ignored: what is ignored stays so across exec, and no container could handle its own Ctrl-C.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	return newServer(conn).serve(ctx)

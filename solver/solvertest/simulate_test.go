@@ -4,11 +4,23 @@ package solvertest
 
 // Random graphs, built by several builds at once in fake time, with failures and cancellations, and compared with Model.
 //
-// Bugs that were planted by hand in the solver, each of which made a test of this package fail:
+// Bugs that were planted by hand in the solver, one at a time; each made a test of this file fail:
 //
-//   - see the list at the end of this comment, kept by TestSimulation's name for it
+//   - slots: work that nobody wants any more is started; one job too many; a slot is kept after a failure; nothing is started
+//     before something ends; the shortest path goes first
+//   - sharing: runs are not shared; a new run starts while the abandoned one is stopping; the first one to leave stops the
+//     run; the last one does not stop it; the last one does not wait for its end; joiners do not see the earlier log
+//   - failures: siblings are not canceled; a failed step is recorded; of several failures one is not reported
+//   - keys: no look-up by content; recipe keys without the output index; a local context by recipe; the content of the wrong
+//     output; the wrong output as input; what depends on a fresh step is looked up by recipe; fresh steps are looked up by
+//     content; fresh steps run once a Result instead of once a build
+//   - records: a content hit does not write the recipe; a run does not; layers that are gone are not noticed
+//   - order: one input at a time; one source at a time; only the first input is waited for; inputs are asked for before the
+//     recipe key is looked up; pins are not remembered
+//   - progress: nothing is announced first; steps below a hit are not shown as cached; canceled steps stay at work
 //
-// PLANTED
+// Not seen by any test: the result of another evaluation is not taken at once when a vertex is asked for (the look-ups that
+// follow find the same).
 
 import (
 	"context"
@@ -65,7 +77,8 @@ type round struct {
 
 type buildSpec struct {
 	graph   Graph
-	also    []int // more steps to evaluate at once in the same build
+	also    []int // more steps to evaluate in the same build
+	inTurn  bool  // them one after the other, not all at once
 	noCache bool
 	start   int // seconds after the round began
 	cancel  int // half a second less than so many seconds after its start; 0 means never
@@ -103,14 +116,21 @@ func drawGraph(t *rapid.T) Graph {
 	return g
 }
 
-// mutate returns g with some commands written otherwise.
+// mutate returns g with some commands written otherwise, or other outputs read.
 func mutate(t *rapid.T, g Graph) Graph {
 	g.Steps = slices.Clone(g.Steps)
 	for range rapid.IntRange(0, 2).Draw(t, "mutations") {
 		i := rapid.IntRange(0, len(g.Steps)-1).Draw(t, "mutated")
-		if g.Steps[i].Kind == Run {
-			g.Steps[i].Command ^= rapid.SampledFrom([]int{1, 1, 2}).Draw(t, "mutation")
+		if g.Steps[i].Kind != Run {
+			continue
 		}
+		if n := len(g.Steps[i].Inputs); n > 0 && rapid.IntRange(0, 3).Draw(t, "rewired") == 3 {
+			g.Steps[i].Inputs = slices.Clone(g.Steps[i].Inputs)
+			in := &g.Steps[i].Inputs[rapid.IntRange(0, n-1).Draw(t, "rewired input")]
+			in.Output = rapid.IntRange(0, g.Steps[in.Step].Outputs-1).Draw(t, "rewired output")
+			continue
+		}
+		g.Steps[i].Command ^= rapid.SampledFrom([]int{1, 1, 2}).Draw(t, "mutation")
 	}
 	return g
 }
@@ -139,6 +159,7 @@ func drawScenario(t *rapid.T) scenario {
 				b.cancel = rapid.IntRange(1, 9).Draw(t, "cancel")
 			}
 			if rapid.IntRange(0, 5).Draw(t, "several results") == 5 {
+				b.inTurn = rapid.Bool().Draw(t, "in turn")
 				for range rapid.IntRange(1, 2).Draw(t, "more results") {
 					b.also = append(b.also, rapid.IntRange(0, len(g.Steps)-1).Draw(t, "also"))
 				}
@@ -288,6 +309,9 @@ func build(w *World, s *solver.Solver, id string, spec buildSpec, screen *Screen
 			}
 			outcomes[i] = o
 		})
+		if spec.inTurn {
+			wg.Wait()
+		}
 	}
 	wg.Wait()
 	return outcomes
@@ -597,4 +621,73 @@ func layersGone(g, next Graph, jobs int, gone []bool) error {
 		return fmt.Errorf("a warm build has run %d steps", n)
 	}
 	return nil
+}
+
+// TestStoppingRun has one build ask for work that another one has just let go of and that takes its time to stop: the
+// new run has to wait for the end of the old one.
+func TestStoppingRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := NewWorld()
+		w.Durations, w.StopTime = []time.Duration{10 * time.Second}, 3*time.Second
+		s := solver.New(solver.Options{Layers: w.Layers, Records: w.Records, Jobs: 4, NewOp: w.NewOp})
+		g := Graph{Steps: []Step{{Outputs: 1}}}
+		var first, second outcome
+		var wg sync.WaitGroup
+		wg.Go(func() { first = build(w, s, "first", buildSpec{graph: g, cancel: 3}, new(Screen))[0] })
+		wg.Go(func() { second = build(w, s, "second", buildSpec{graph: g, start: 4}, new(Screen))[0] })
+		wg.Wait()
+		if !errors.Is(first.err, errCanceled) || first.took != 5500*time.Millisecond {
+			t.Errorf("the canceled build returned %v after %v, want %v after 5.5s", first.err, first.took, errCanceled)
+		}
+		if second.err != nil || second.took != 11500*time.Millisecond {
+			t.Errorf("the other build returned %v after %v, want 1.5s for the old run to stop and 10s for its own", second.err, second.took)
+		}
+		active := 0
+		for _, e := range w.Events() {
+			if active--; e.Start {
+				active += 2
+			}
+			if active > 1 {
+				t.Errorf("two runs for one key at once")
+			}
+		}
+	})
+}
+
+// TestLongestPathFirst has two steps wait for one slot: the one on the longer path goes first, once an earlier build
+// has shown how long things take.
+func TestLongestPathFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := NewWorld()
+		w.Durations = []time.Duration{5 * time.Second, 0, time.Second, 0, 2 * time.Second, 0, 9 * time.Second}
+		s := solver.New(solver.Options{Layers: w.Layers, Records: w.Records, Jobs: 1, NewOp: w.NewOp})
+		blocker := Graph{Steps: []Step{{Command: 0, Outputs: 1}}}
+		// 1 and 2 take equally long; above 2 there are nine seconds more.
+		g := Graph{Root: 4, Steps: []Step{
+			{Kind: Pin, Source: "x", Outputs: 1},
+			{Command: 4, Outputs: 1, Inputs: []Input{{Step: 0, Sees: 0}}},
+			{Command: 4, Outputs: 1, Inputs: []Input{{Step: 0, Sees: 1}}},
+			{Command: 6, Outputs: 1, Inputs: []Input{{Step: 2}}},
+			{Command: 2, Outputs: 1, Inputs: []Input{{Step: 1}, {Step: 3}}},
+		}}
+		order := func() string {
+			var wg sync.WaitGroup
+			wg.Go(func() { build(w, s, "blocker", buildSpec{graph: blocker, noCache: true}, new(Screen)) })
+			wg.Go(func() { build(w, s, "b", buildSpec{graph: g, noCache: true, start: 1}, new(Screen)) })
+			wg.Wait()
+			var names []string
+			for _, e := range w.Events() {
+				if e.Start && e.Kind == Run {
+					name, _, _ := strings.Cut(string(e.Key), " makes")
+					names = append(names, name)
+				}
+			}
+			return strings.Join(names, ", ")
+		}
+		order() // leaves the durations behind
+		want := "command=0 sees=, command=4 sees=1, command=4 sees=0, command=6 sees=0, command=2 sees=0,0"
+		if got := order(); got != want {
+			t.Errorf("order is %s\n    want     %s", got, want)
+		}
+	})
 }

@@ -28,6 +28,8 @@ type World struct {
 	Durations []time.Duration
 	// PinTime is how long pinning and reading a local context take.
 	PinTime time.Duration
+	// StopTime is how long a step works on after it was told to stop.
+	StopTime time.Duration
 	// Failing commands and sources fail after their time.
 	Failing        map[int]bool
 	FailingSources map[string]bool
@@ -185,6 +187,7 @@ func (w *World) work(ctx context.Context, env *solver.Env, s Step, key Key) erro
 			err = ErrStep
 		}
 	case <-ctx.Done():
+		time.Sleep(w.StopTime)
 		err = context.Cause(ctx)
 	}
 	w.event(Event{Key: key, Kind: s.Kind, Build: env.BuildID, Err: err})
