@@ -36,6 +36,7 @@ import (
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
 	"github.com/seed-68981b69/slipway/solver/op"
+	"github.com/seed-68981b69/slipway/solver/source/git"
 	"github.com/seed-68981b69/slipway/solver/source/http"
 	"github.com/seed-68981b69/slipway/solver/source/image"
 	"github.com/seed-68981b69/slipway/solver/source/local"
@@ -149,6 +150,7 @@ func (e *Engine) openAPIs(opts Options) error {
 			local.Scheme:   local.New(local.Deps{Layers: st.Layers}),
 			"http":         httpSource,
 			"https":        httpSource,
+			git.Scheme:     git.New(git.Deps{Layers: st.Layers, Dir: e.path("git")}),
 		},
 		CacheDir: e.path("mounts"),
 		TempDir:  e.path("tmp"),

@@ -75,7 +75,12 @@ and 125 when the container could not be run at all. Signals sent to this process
 	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &exitError{exitRunFailed, &usageError{err, cmd.CommandPath()}}
 	})
-	flags := cmd.Flags()
+	o.define(cmd.Flags())
+	return cmd
+}
+
+// define adds the flags.
+func (o *runOptions) define(flags *pflag.FlagSet) {
 	flags.SetInterspersed(false) // what follows IMAGE is the container's
 	flags.Bool("help", false, "help for run")
 	flags.BoolVar(&o.remove, "rm", false, "remove the container and its anonymous volumes when it has ended")
@@ -120,7 +125,6 @@ and 125 when the container could not be run at all. Signals sent to this process
 	flags.StringVar(&o.pull, "pull", "missing", "fetch the image: always, missing or never")
 	flags.StringVar(&o.platform, "platform", "", "platform of the image, OS/ARCH[/VARIANT]")
 	flags.BoolVarP(&o.quiet, "quiet", "q", false, "do not show the progress of fetching the image")
-	return cmd
 }
 
 // request turns the flags into what the API wants.

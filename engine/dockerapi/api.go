@@ -255,10 +255,10 @@ func (s *Server) route(r *request, path string) error {
 			return s.containerList(r)
 		case method == http.MethodPost && rest == "create":
 			return s.containerCreate(r)
-		case method == http.MethodDelete && rest != "" && !strings.Contains(rest, "/"):
-			r.id = rest
+		case method == http.MethodDelete && rest != "":
+			r.id = rest // clients ask for a container by what may be an image's name, with slashes: it is not found
 			return s.containerRemove(r)
-		case strings.Contains(id, "/") || id == "":
+		case id == "":
 		case method == http.MethodGet && verb == "json":
 			return s.containerInspect(r)
 		case method == http.MethodPost:
