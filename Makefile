@@ -14,7 +14,7 @@ TEST_PACKAGES  := busybox-static skopeo mmdebstrap nftables iproute2
 DEMO_PACKAGES  := busybox-static mmdebstrap curl
 
 .DEFAULT_GOAL := help
-.PHONY: help build runner deps-build deps-test deps-demo test race script realworld fuzz lint golden demo check clean
+.PHONY: help build runner deps-build deps-test deps-demo test race script realworld fuzz torture bench-store lint golden demo check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,14 @@ lint: deps-build ## go vet, staticcheck, gofumpt
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 	@out=$$($(GO) run $(GOFUMPT) -l .); [ -z "$$out" ] || { echo "gofumpt would change:"; echo "$$out"; exit 1; }
+
+torture: build deps-test ## kill slipway and store workers at random points, and check what is left (5 minutes)
+	@mkdir -p $(TMP) && dir=$$(mktemp -d $(TMP)/torture.XXXXXX) && \
+	$(GO) run ./cache/cachetest/torture -runs 200 -builds 60 -slipway $(BIN) -root $$dir; status=$$?; rm -rf $$dir; exit $$status
+
+bench-store: runner ## measure the store beside its floors (root, 8 GB of disk, 4 minutes); prints a table
+	@mkdir -p $(TMP) && dir=$$(mktemp -d $(TMP)/bench.XXXXXX) && \
+	$(GO) run ./bench/store -dir $$dir; status=$$?; rm -rf $$dir; exit $$status
 
 golden: ## rewrite golden files from what the code does now; review the diff
 	$(GO) test ./executor/runc -run Golden -update

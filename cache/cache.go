@@ -9,9 +9,10 @@
 //	layers/     file trees (package layer)
 //	snapshots/  mount points (package snapshot)
 //	records/    the action cache, image names and other facts (package record)
+//	quarantine/ what was found damaged (Check), for whoever wants to know why; nothing reads it
 //
 // What names what: images and records name layers and blobs; nothing that is named is deleted. Work that is
-// under way holds a Lease, which puts every deletion off until it is released.
+// under way holds a Lease, which keeps what it touches and makes.
 package cache
 
 import (
@@ -23,10 +24,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-
-	"github.com/opencontainers/go-digest"
+	"sync/atomic"
+	"time"
 
 	"github.com/seed-68981b69/slipway/cache/blob"
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
@@ -48,12 +50,15 @@ type Store struct {
 
 	lock *os.File
 
-	// sweeping is held for reading while a lease is made, and for writing while a sweep deletes.
-	sweeping sync.RWMutex
-	sweeps   sync.WaitGroup // sweeps begun by Lease.Release
+	now     func() time.Time
+	uses    *uses
+	sources []Source
+	onGrow  atomic.Pointer[func(bytes int64)]
 
-	mu     sync.Mutex
-	leases map[*Lease]bool
+	sweeping sync.Mutex     // one collection at a time
+	sweeps   sync.WaitGroup // what goes on in the background
+
+	mu sync.Mutex // guards what follows
 	// sweepDue says that something was left for the next sweep because of a lease.
 	sweepDue bool
 	closed   bool
@@ -61,7 +66,18 @@ type Store struct {
 
 // Open opens the store in dir, which is created when it is missing; nobody but its owner may enter it. It fails with an error that wraps
 // ErrLocked while another process has it open. What a killed process has left half done is cleaned up.
-func Open(ctx context.Context, dir string) (_ *Store, err error) {
+func Open(ctx context.Context, dir string) (*Store, error) { return OpenWith(ctx, dir, Options{}) }
+
+// Options of a Store. They are for tests of what a crash does.
+type Options struct {
+	// FS is how the store reaches the disk; nil means fsys.OS.
+	FS fsys.FS
+	// BootID is the boot of the machine; "" asks the kernel.
+	BootID string
+}
+
+// OpenWith is Open with options.
+func OpenWith(ctx context.Context, dir string, opt Options) (_ *Store, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -72,7 +88,7 @@ func Open(ctx context.Context, dir string) (_ *Store, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	s := &Store{Dir: dir, leases: map[*Lease]bool{}}
+	s := &Store{Dir: dir, now: time.Now, uses: newUses()}
 	if s.lock, err = lock(dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
@@ -91,30 +107,42 @@ func Open(ctx context.Context, dir string) (_ *Store, err error) {
 	if err := snapshot.Clean(s.path("snapshots")); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if s.Blobs, err = blob.Open(s.path("content")); err != nil {
+	if s.Blobs, err = blob.OpenWith(s.path("content"), blob.Options{FS: opt.FS, Quarantine: s.path("quarantine", "blobs")}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if s.Layers, err = layer.Open(s.path("layers"), layer.Options{}); err != nil {
+	if s.Layers, err = layer.Open(s.path("layers"), layer.Options{FS: opt.FS, BootID: opt.BootID}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	if s.Snapshots, err = snapshot.Open(s.path("snapshots"), s.Layers); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if s.Records, err = record.Open(s.path("records")); err != nil {
+	if s.Records, err = record.OpenWith(s.path("records"), record.Options{FS: opt.FS, BootID: opt.BootID}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	if s.Images, err = image.Open(s.Records, s.Blobs, s.holdBlob); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
+	s.Layers.OnUse(s.uses.noteLayer)
+	s.Blobs.OnUse(s.uses.noteBlob)
+	s.Records.OnUse(s.uses.noteRecord)
+	grow := func(bytes int64) {
+		if fn := s.onGrow.Load(); fn != nil {
+			(*fn)(bytes)
+		}
+	}
+	s.Layers.OnAdd(grow)
+	s.Blobs.OnAdd(grow)
 	return s, nil
 }
 
-func (s *Store) path(name string) string { return filepath.Join(s.Dir, name) }
+func (s *Store) path(names ...string) string {
+	return filepath.Join(append([]string{s.Dir}, names...)...)
+}
 
 // Sync makes every record that was put so far durable, with what it names (record.Store.Sync). Until then a power
 // cut, though not the death of the process, costs them. It may take long; call it in the background after a build.
 func (s *Store) Sync(ctx context.Context) error {
-	return s.Records.Sync(ctx, s.path("layers"))
+	return s.Records.SyncWith(ctx, s.Layers.Sync)
 }
 
 // Close unmounts everything and lets another process open the store. Nobody may be using it any more. It does not
@@ -199,15 +227,4 @@ func writeVersion(path string) error {
 		return err
 	}
 	return os.Rename(tmp, path)
-}
-
-// holdBlob says that a blob must stay although its image was removed: somebody may be about to name it again.
-func (s *Store) holdBlob(digest.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.leases) == 0 {
-		return false
-	}
-	s.sweepDue = true
-	return true
 }

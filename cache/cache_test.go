@@ -18,8 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
@@ -199,106 +197,6 @@ func TestVersion(t *testing.T) {
 		} else {
 			unlock(f)
 		}
-	}
-}
-
-func TestPlanSweep(t *testing.T) {
-	d := func(s string) digest.Digest { return digest.FromString(s) }
-	ds := func(names ...string) map[digest.Digest]bool {
-		m := map[digest.Digest]bool{}
-		for _, n := range names {
-			m[d(n)] = true
-		}
-		return m
-	}
-	sizes := func(names ...string) map[digest.Digest]int64 {
-		m := map[digest.Digest]int64{}
-		for _, n := range names {
-			m[d(n)] = 1
-		}
-		return m
-	}
-	info := func(id, diffID string) layer.Info {
-		l := layer.Info{ID: layer.ID(id), Size: 10}
-		if diffID != "" {
-			l.DiffID = d(diffID)
-		}
-		return l
-	}
-	ids := func(names ...string) map[layer.ID]bool {
-		m := map[layer.ID]bool{}
-		for _, n := range names {
-			m[layer.ID(n)] = true
-		}
-		return m
-	}
-	memo := func(diffID, blob string) packed {
-		return packed{key: d(diffID).String() + "+gzip", diffIDs: []digest.Digest{d(diffID)}, blob: []digest.Digest{d(blob)}}
-	}
-	for _, c := range []struct {
-		name   string
-		inv    inventory
-		layers []layer.ID
-		blobs  []string
-		bytes  int64
-	}{
-		{name: "empty store"},
-		{
-			name:   "nothing named",
-			inv:    inventory{layers: []layer.Info{info("b", ""), info("a", "")}, blobs: sizes("x")},
-			layers: []layer.ID{"a", "b"}, blobs: []string{"x"}, bytes: 21,
-		},
-		{
-			name: "named by hand",
-			inv: inventory{
-				layers: []layer.Info{info("a", ""), info("b", "")}, blobs: sizes("x", "y"),
-				named: roots{ids("a", "gone"), ds("y", "gone")},
-			},
-			layers: []layer.ID{"b"}, blobs: []string{"x"}, bytes: 11,
-		},
-		{
-			name: "packed forms stay with their layer",
-			inv: inventory{
-				layers: []layer.Info{info("a", "diff a"), info("b", "diff b")},
-				blobs:  sizes("diff a", "gzip a", "zstd a", "diff b", "gzip b"),
-				packed: []packed{memo("diff a", "gzip a"), memo("diff a", "zstd a"), memo("diff b", "gzip b"), memo("diff gone", "none")},
-				named:  roots{layers: ids("a")},
-			},
-			layers: []layer.ID{"b"}, blobs: []string{"diff b", "gzip b"}, bytes: 12,
-		},
-		{
-			name: "a packed form that an image names stays without its layer",
-			inv: inventory{
-				layers: []layer.Info{info("b", "diff b")}, blobs: sizes("gzip b"),
-				packed: []packed{memo("diff b", "gzip b")}, named: roots{blobs: ds("gzip b")},
-			},
-			layers: []layer.ID{"b"}, bytes: 10,
-		},
-		{
-			name: "two layers of one diff ID",
-			inv: inventory{
-				layers: []layer.Info{info("a", "diff"), info("b", "diff")}, blobs: sizes("gzip"),
-				packed: []packed{memo("diff", "gzip")}, named: roots{layers: ids("b")},
-			},
-			layers: []layer.ID{"a"}, bytes: 10,
-		},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			plan := planSweep(c.inv)
-			if diff := cmp.Diff(c.layers, plan.Layers); diff != "" {
-				t.Errorf("layers (-want +got):\n%s", diff)
-			}
-			want, got := ds(c.blobs...), map[digest.Digest]bool{}
-			for _, d := range plan.Blobs {
-				got[d] = true
-			}
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("blobs (-want +got):\n%s", diff)
-			}
-			if plan.Bytes != c.bytes {
-				t.Errorf("%d bytes, want %d", plan.Bytes, c.bytes)
-			}
-		})
 	}
 }
 

@@ -3,47 +3,29 @@
 package cache
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
-	"regexp"
+	"os"
+	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
-	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
 
-// packedBucket of the record database has, for a layer's diff ID and a compression, the blob that is its packed form.
-const packedBucket = "blobs"
+// blobBuckets of the record database have values that are worth nothing without the blob that they name: packed forms,
+// and what was downloaded with what the server said about it.
+var blobBuckets = []string{packedBucket, "http"}
 
-// roots is what something alive names: images, records, leases, mounts.
-type roots struct {
-	layers map[layer.ID]bool
-	blobs  map[digest.Digest]bool
-}
-
-// packed is one entry of packedBucket.
-type packed struct {
-	key           string
-	diffIDs, blob []digest.Digest
-}
-
-// inventory is everything that a sweep looks at.
-type inventory struct {
-	layers []layer.Info
-	blobs  map[digest.Digest]int64 // size in bytes
-	packed []packed
-	named  roots
-}
+// compactAfter is how many deleted records make the database worth compacting.
+const compactAfter = 500
 
 // Swept is what a sweep deleted, sorted.
 type Swept struct {
@@ -51,205 +33,178 @@ type Swept struct {
 	Blobs  []digest.Digest
 	// Bytes is what they occupied.
 	Bytes int64
-	// PutOff says that nothing was deleted because somebody holds a lease; the release of the last one will begin the
-	// sweep.
+	// PutOff says that something which nothing names stays because it is in use, perhaps by who holds a lease: the release
+	// of the last one will begin another sweep.
 	PutOff bool
 }
 
-// planSweep says what nothing names: every layer that is not named; every blob that is neither named nor a packed
-// form of a layer that stays.
-func planSweep(inv inventory) Swept {
-	var plan Swept
-	stays := maps.Clone(inv.named.blobs)
-	if stays == nil {
-		stays = map[digest.Digest]bool{}
-	}
-	kept := map[digest.Digest]bool{} // diff IDs
-	for _, l := range inv.layers {
-		if !inv.named.layers[l.ID] {
-			plan.Layers = append(plan.Layers, l.ID)
-			plan.Bytes += l.Size
-			continue
-		}
-		if l.DiffID != "" {
-			kept[l.DiffID] = true
-			stays[l.DiffID] = true // its tar, as a blob
-		}
-	}
-	for _, p := range inv.packed {
-		if slices.ContainsFunc(p.diffIDs, func(d digest.Digest) bool { return kept[d] }) {
-			for _, d := range p.blob {
-				stays[d] = true
-			}
-		}
-	}
-	for d, size := range inv.blobs {
-		if !stays[d] {
-			plan.Blobs = append(plan.Blobs, d)
-			plan.Bytes += size
-		}
-	}
-	slices.Sort(plan.Layers)
-	slices.SortFunc(plan.Blobs, func(a, b digest.Digest) int { return cmp.Compare(a, b) })
-	return plan
+// Pruned is what Prune has done.
+type Pruned struct {
+	// Deleted are the things that the policies deleted, in that order.
+	Deleted []Deletion
+	Swept
+	// Left is what the cache still takes, in bytes, without what images share.
+	Left int64
 }
 
-// Sweep deletes the layers and blobs that no image, no record and no mount names. While anybody holds a lease it
-// deletes nothing and says so.
+// Sweep deletes the layers and blobs that no image, no record and no mount names, and that nobody has used since the
+// oldest lease was made.
 func (s *Store) Sweep(ctx context.Context) (Swept, error) {
-	s.sweeping.Lock() // no new leases from here on
+	p, err := s.Prune(ctx, nil)
+	return p.Swept, err
+}
+
+// Prune deletes what policies say, in their order, and what nothing names any more. What is in use stays, and so do
+// images: a result can go though an image has the same layers, but these stay. One Prune or Sweep is at work at a
+// time. After an error a part is deleted; the next Prune does the rest.
+func (s *Store) Prune(ctx context.Context, policies []Policy) (Pruned, error) {
+	s.sweeping.Lock()
 	defer s.sweeping.Unlock()
+	begun := time.Now()
+	sweep := new(int)
 	s.mu.Lock()
-	s.sweepDue = len(s.leases) > 0
-	due := s.sweepDue
+	s.sweepDue = false
 	s.mu.Unlock()
-	if due {
-		return Swept{PutOff: true}, nil
+	horizon := s.uses.beginSweep(sweep)
+	defer s.uses.end(sweep)
+
+	// A damaged database seems to name less than it does.
+	if err := s.Records.Intact(); err != nil {
+		return Pruned{}, fmt.Errorf("prune store: %w: 'slipway cache fsck --repair' begins a new one", err)
 	}
-	inv, err := s.takeInventory(ctx)
+	inv, err := s.takeInventory(ctx, horizon)
 	if err != nil {
-		return Swept{}, fmt.Errorf("sweep store: %w", err)
+		return Pruned{}, fmt.Errorf("prune store: %w", err)
 	}
-	plan := planSweep(inv)
+	disk, err := s.Disk()
+	if err != nil {
+		return Pruned{}, fmt.Errorf("prune store: %w", err)
+	}
+	plan, err := makePlan(inv, policies, s.now(), disk.Free)
+	if err != nil {
+		return Pruned{}, fmt.Errorf("prune store: %w", err)
+	}
+	putOff := plan.kept && s.uses.leases() > 0
+	if putOff {
+		s.mu.Lock()
+		s.sweepDue = true
+		s.mu.Unlock()
+	}
+	done, err := s.carryOut(ctx, inv, plan, horizon)
+	done.PutOff = putOff
+	if err != nil {
+		return done, fmt.Errorf("prune store: %w", err)
+	}
+	slog.Debug("pruned the store", "things", len(done.Deleted), "layers", len(done.Layers), "blobs", len(done.Blobs),
+		"bytes", done.Bytes, "left", done.Left, "duration", time.Since(begun))
+	return done, nil
+}
+
+// carryOut deletes what plan says: names before what they name, so that a crash in between leaves layers without a record,
+// for the next sweep, and never a record without layers.
+func (s *Store) carryOut(ctx context.Context, inv *inventory, plan plan, horizon uint64) (Pruned, error) {
+	done := Pruned{Swept: Swept{Bytes: plan.bytes}, Left: plan.left}
+	var keys []string
 	var errs []error
-	for _, d := range plan.Blobs {
-		errs = append(errs, s.Blobs.Delete(d))
+	for n, i := range plan.units {
+		u, ok := &inv.units[i], true
+		if len(u.keys) == 0 {
+			var err error
+			ok, err = s.sources[u.source].Remove(ctx, u.ID)
+			errs = append(errs, err)
+		} else if ok = !slices.ContainsFunc(u.keys, func(key string) bool { return s.uses.record(key, horizon) }); ok {
+			keys = append(keys, u.keys...)
+		}
+		if ok {
+			done.Deleted = append(done.Deleted, plan.deletions[n])
+		}
 	}
-	for _, id := range plan.Layers {
-		errs = append(errs, s.Layers.Delete(ctx, id))
+	if len(keys) > 0 {
+		if err := s.Records.Delete(ctx, keys...); err != nil {
+			return done, errors.Join(append(errs, err)...)
+		}
 	}
-	if err := s.forget(plan, inv); err != nil {
+	for _, d := range plan.blobs {
+		ok, err := s.Blobs.DeleteIf(d, func() bool { return !s.uses.blob(d, horizon) })
 		errs = append(errs, err)
+		if ok {
+			done.Blobs = append(done.Blobs, d)
+		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return plan, fmt.Errorf("sweep store: %w", err)
+	var err error
+	done.Layers, err = s.Layers.DeleteUnused(ctx, plan.layers, func(id layer.ID) bool {
+		return !s.uses.layer(id, horizon) && !s.Snapshots.Mounted(id)
+	})
+	errs = append(errs, err)
+	_, err = s.Layers.RemoveBroken(ctx) // what can never be found again
+	errs = append(errs, err, s.forget(done.Layers))
+	if len(keys) >= compactAfter {
+		s.compact()
 	}
-	slog.Debug("swept the store", "layers", len(plan.Layers), "blobs", len(plan.Blobs), "bytes", plan.Bytes)
-	return plan, nil
+	return done, errors.Join(errs...)
 }
 
-// takeInventory reads what there is and what is named.
-func (s *Store) takeInventory(ctx context.Context) (inventory, error) {
-	inv := inventory{
-		blobs: map[digest.Digest]int64{},
-		named: roots{layers: s.Snapshots.InUse(), blobs: s.Images.Digests()},
-	}
-	nameLayers := func(snap snapshot.Snapshot) {
-		for _, id := range snap {
-			inv.named.layers[id] = true
-		}
-	}
-	for l := range s.leases { // empty today: Sweep does nothing while there are any
-		l.addRoots(&inv.named)
-	}
-	images, err := s.Images.List(ctx)
-	if err != nil {
-		return inv, err
-	}
-	for _, m := range images {
-		for _, man := range m.Manifests {
-			snap, _, err := s.Images.Layers(ctx, man.Target.Digest)
-			if err != nil {
-				return inv, err
-			}
-			nameLayers(snap)
-			for _, d := range s.manifestLayers(man.Target.Digest) {
-				inv.named.blobs[d] = true
-			}
-		}
-	}
-	err = s.Records.Walk(ctx, func(_ string, rec *record.Record) error {
-		for _, snap := range rec.Outputs {
-			nameLayers(snap)
-		}
-		if rec.Log != "" {
-			inv.named.blobs[rec.Log] = true
-		}
-		return nil
-	})
-	if err != nil {
-		return inv, err
-	}
-	err = s.Records.WalkValues(packedBucket, func(key string, value []byte) error {
-		inv.packed = append(inv.packed, packed{key: key, diffIDs: findDigests([]byte(key)), blob: findDigests(value)})
-		return nil
-	})
-	if err != nil {
-		return inv, err
-	}
-	err = s.Layers.Walk(ctx, func(info layer.Info) error {
-		inv.layers = append(inv.layers, info)
-		return nil
-	})
-	if err != nil {
-		return inv, err
-	}
-	err = s.Blobs.Walk(func(d digest.Digest, size int64) error {
-		inv.blobs[d] = size
-		return nil
-	})
-	return inv, err
-}
-
-// manifestLayers returns the layers that a manifest lists. An unreadable one lists nothing.
-func (s *Store) manifestLayers(d digest.Digest) []digest.Digest {
-	raw, err := s.Blobs.ReadAll(d)
-	if err != nil {
-		return nil
-	}
-	var man ocispec.Manifest
-	if err := json.Unmarshal(raw, &man); err != nil {
-		return nil
-	}
-	var ds []digest.Digest
-	for _, l := range man.Layers {
-		ds = append(ds, l.Digest)
-	}
-	return ds
-}
-
-var digestPattern = regexp.MustCompile(`sha256:[0-9a-f]{64}`)
-
-// findDigests returns the digests in b, whatever the form of the text around them.
-func findDigests(b []byte) []digest.Digest {
-	var ds []digest.Digest
-	for _, m := range digestPattern.FindAll(b, -1) {
-		ds = append(ds, digest.Digest(m))
-	}
-	return ds
-}
-
-// forget drops the facts about what plan has deleted.
-func (s *Store) forget(plan Swept, inv inventory) error {
-	gone := map[digest.Digest]bool{}
-	for _, d := range plan.Blobs {
-		gone[d] = true
-	}
-	stale := map[string][]byte{}
-	for _, p := range inv.packed {
-		if slices.ContainsFunc(p.blob, func(d digest.Digest) bool { return gone[d] }) {
-			stale[p.key] = nil
-		}
-	}
-	if len(stale) > 0 {
-		if err := s.Records.ChangeValues(packedBucket, stale); err != nil {
+// forget drops the facts about what is gone: deleted now, or before a crash that came before forget.
+func (s *Store) forget(layers []layer.ID) error {
+	for _, bucket := range blobBuckets {
+		err := s.dropValues(bucket, func(value []byte) bool {
+			return slices.ContainsFunc(findDigests(value), func(d digest.Digest) bool {
+				_, err := os.Lstat(filepath.Join(s.Blobs.Dir(), "blobs", string(d.Algorithm()), d.Encoded()))
+				return errors.Is(err, os.ErrNotExist)
+			})
+		})
+		if err != nil {
 			return err
 		}
 	}
-	goneLayers := map[layer.ID]bool{}
-	for _, id := range plan.Layers {
-		goneLayers[id] = true
+	if len(layers) == 0 {
+		return nil
 	}
-	stale = map[string][]byte{}
-	err := s.Records.WalkValues(image.LayersBucket, func(key string, value []byte) error {
+	gone := map[layer.ID]bool{}
+	for _, id := range layers {
+		gone[id] = true
+	}
+	return s.dropValues(image.LayersBucket, func(value []byte) bool {
 		var snap snapshot.Snapshot
-		if json.Unmarshal(value, &snap) != nil || slices.ContainsFunc(snap, func(id layer.ID) bool { return goneLayers[id] }) {
-			stale[key] = nil
+		return json.Unmarshal(value, &snap) != nil || slices.ContainsFunc(snap, func(id layer.ID) bool { return gone[id] })
+	})
+}
+
+// dropValues removes the values of a bucket that stale says are.
+func (s *Store) dropValues(bucket string, stale func(value []byte) bool) error {
+	drop := map[string][]byte{}
+	err := s.Records.WalkValues(bucket, func(key string, value []byte) error {
+		if stale(value) {
+			drop[key] = nil
 		}
 		return nil
 	})
-	if err != nil || len(stale) == 0 {
+	if err != nil || len(drop) == 0 {
 		return err
 	}
-	return s.Records.ChangeValues(image.LayersBucket, stale)
+	return s.Records.ChangeValues(bucket, drop)
+}
+
+// compact gives back the database's room in the background.
+func (s *Store) compact() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.sweeps.Go(func() {
+		if err := s.Records.Compact(context.Background()); err != nil {
+			slog.Warn("compact the record database", "error", err)
+		}
+	})
+}
+
+// unnamed lists what a sweep would delete now, sorted.
+func (s *Store) unnamed(ctx context.Context) ([]layer.ID, []digest.Digest, error) {
+	inv, err := s.takeInventory(ctx, s.uses.horizon())
+	if err != nil {
+		return nil, nil, err
+	}
+	plan, err := makePlan(inv, nil, s.now(), 0)
+	return plan.layers, plan.blobs, err
 }

@@ -28,11 +28,16 @@ import (
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 	"github.com/seed-68981b69/slipway/engine/dockerapi"
+	"github.com/seed-68981b69/slipway/engine/history"
 	"github.com/seed-68981b69/slipway/executor/network"
 	"github.com/seed-68981b69/slipway/executor/runc"
 	"github.com/seed-68981b69/slipway/exporter"
 	imageexporter "github.com/seed-68981b69/slipway/exporter/image"
+	"github.com/seed-68981b69/slipway/exporter/layerblob"
+	localexporter "github.com/seed-68981b69/slipway/exporter/local"
+	"github.com/seed-68981b69/slipway/exporter/ocilayout"
 	registryexporter "github.com/seed-68981b69/slipway/exporter/registry"
+	tarexporter "github.com/seed-68981b69/slipway/exporter/tar"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
 	"github.com/seed-68981b69/slipway/solver/op"
@@ -64,6 +69,8 @@ type Options struct {
 	Debug bool
 	// Log takes the engine's log; nil means standard error.
 	Log io.Writer
+	// GC says how garbage is collected.
+	GC GC
 }
 
 // Engine is an open engine. Its methods may be called concurrently.
@@ -77,6 +84,8 @@ type Engine struct {
 	docker   *dockerapi.Server
 	server   *server
 	syncer   *syncer
+	gc       *collector // nil when switched off
+	contexts *local.Contexts
 	sweeps   sync.WaitGroup
 }
 
@@ -107,6 +116,9 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
 	e.syncer = newSyncer(e.store.Sync, e.log)
+	if e.contexts, err = local.OpenContexts(e.path("contexts-stat"), e.log); err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
 	if err := e.openAPIs(opts); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
@@ -125,7 +137,9 @@ func newLog(opts Options) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
-func (e *Engine) path(name string) string { return filepath.Join(e.root, name) }
+func (e *Engine) path(names ...string) string {
+	return filepath.Join(append([]string{e.root}, names...)...)
+}
 
 // openAPIs puts together what serves the two APIs.
 func (e *Engine) openAPIs(opts Options) error {
@@ -136,35 +150,58 @@ func (e *Engine) openAPIs(opts Options) error {
 		Blobs: st.Blobs, Layers: st.Layers, Snapshots: st.Snapshots, Images: st.Images, Records: st.Records, Registry: remote,
 	}
 	resolver, puller := image.NewResolver(sourceDeps), image.NewPuller(sourceDeps)
+	layerBlobs := layerblob.New(layerblob.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records})
 	pusher := registryexporter.New(registryexporter.Deps{
-		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote,
+		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs,
 	})
+	layouts := ocilayout.Deps{Layers: layerBlobs, Blobs: st.Blobs, Records: st.Records}
+	files := func(ctx context.Context, ref exporter.Ref) (layer.Files, error) {
+		return st.Snapshots.View(ctx, ref.Snapshot)
+	}
 
 	httpSource := op.SourceFunc(http.New(http.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records}))
+	caches := op.NewCacheMounts(e.path("mounts"))
+	repositories := git.NewRepositories(e.path("git"))
+	st.AddSource(caches)
+	st.AddSource(repositories)
+	st.AddSource(held{dir: e.path("contexts"), kind: cache.TypeLocal, description: "context sent by a client"})
+	st.AddSource(held{dir: e.path("layers", "uppers"), kind: cache.TypeInternal, description: "files of a running step or container"})
+	st.AddSource(held{dir: e.path("executor"), kind: cache.TypeInternal, description: "programs and containers of the engine", name: "executor"})
+	st.AddSource(held{dir: e.path("contexts-stat"), kind: cache.TypeInternal, description: "what is remembered of context directories", name: "contexts"})
 	newOp := op.New(op.Deps{
 		Snapshots: st.Snapshots,
 		Layers:    st.Layers,
 		Executor:  e.executor,
 		Sources: map[string]op.SourceFunc{
 			"docker-image": image.New(resolver, puller),
-			local.Scheme:   local.New(local.Deps{Layers: st.Layers}),
+			local.Scheme:   local.New(local.Deps{Layers: st.Layers, Contexts: e.contexts}),
 			"http":         httpSource,
 			"https":        httpSource,
-			git.Scheme:     git.New(git.Deps{Layers: st.Layers, Dir: e.path("git")}),
+			git.Scheme:     git.New(git.Deps{Layers: st.Layers, Repositories: repositories}),
 		},
-		CacheDir: e.path("mounts"),
-		TempDir:  e.path("tmp"),
+		Caches:  caches,
+		TempDir: e.path("tmp"),
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
 	})
 
+	policies, err := opts.GC.rules(st)
+	if err != nil {
+		return err
+	}
 	id, err := e.workerID()
+	if err != nil {
+		return err
+	}
+	builds, err := history.Open(history.Options{Records: st.Records, Blobs: st.Blobs, Log: e.log})
 	if err != nil {
 		return err
 	}
 	e.buildkit, err = buildkitapi.New(buildkitapi.Options{
 		Solver: solver.New(solver.Options{
 			Layers: st.Layers, Records: st.Records, Blobs: st.Blobs, Jobs: opts.Jobs, NewOp: newOp,
+			Inputs: builds,
+			Lease:  func(id string) func() { return st.Lease(id).Release },
 		}),
 		View: func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error) {
 			return st.Snapshots.View(ctx, s)
@@ -173,10 +210,21 @@ func (e *Engine) openAPIs(opts Options) error {
 			dgst, config, _, err := resolver.ResolveConfig(ctx, env, ref, p, mode)
 			return dgst, config, err
 		},
-		Exporters: exporter.Types{"image": imageexporter.New(imageexporter.Deps{
-			Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher,
-		})},
-		DiskUsage: e.diskUsage,
+		Exporters: exporter.Types{
+			"image": imageexporter.New(imageexporter.Deps{
+				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher,
+			}),
+			"oci":       ocilayout.New(ocilayout.OCI, layouts),
+			"docker":    ocilayout.New(ocilayout.Docker, layouts),
+			"local":     localexporter.New(files),
+			"tar":       tarexporter.New(files),
+			"cacheonly": exporter.CacheOnly,
+		},
+		History:   builds,
+		Collect:   e.collectSoon,
+		DiskUsage: st.DiskUsage,
+		Prune:     st.Prune,
+		Policies:  policies,
 		Dir:       e.path("contexts"),
 		WorkerID:  id,
 		Labels:    e.labels,
@@ -186,6 +234,7 @@ func (e *Engine) openAPIs(opts Options) error {
 			return func() {
 				lease.Release()
 				e.syncer.request()
+				e.collectSoon()
 			}
 		},
 		Idle: st.Layers.DropHeld, // contexts of builds that have ended
@@ -207,8 +256,20 @@ func (e *Engine) openAPIs(opts Options) error {
 	if err != nil {
 		return err
 	}
+	if !opts.GC.Off {
+		e.gc = newCollector(policies, opts.GC.Delay, st, func() bool { return e.buildkit.Active() > 0 }, e.log)
+		st.OnGrow(e.gc.add)
+		e.gc.request()
+	}
 	e.server = newServer(e.buildkit.NewGRPC(), e.docker, e.log)
 	return nil
+}
+
+// collectSoon collects garbage when the engine is idle.
+func (e *Engine) collectSoon() {
+	if e.gc != nil {
+		e.gc.request()
+	}
 }
 
 // Dial returns a connection to the engine inside this process.
@@ -245,6 +306,14 @@ func (e *Engine) Close() error {
 		errs = append(errs, e.buildkit.Close())
 	}
 	e.sweeps.Wait()
+	if e.gc != nil && e.gc.close() {
+		if err := e.collectBeforeEnd(); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if e.contexts != nil {
+		e.contexts.Close()
+	}
 	if e.syncer != nil {
 		e.syncer.close()
 	}
@@ -314,23 +383,4 @@ func (e *Engine) layers() string {
 		return "tar + EROFS"
 	}
 	return "directories (" + info.Reason + ")"
-}
-
-// diskUsage lists layers and blobs with what they take on disk.
-func (e *Engine) diskUsage(ctx context.Context) ([]buildkitapi.Usage, error) {
-	var out []buildkitapi.Usage
-	err := e.store.Layers.Walk(ctx, func(l layer.Info) error {
-		if l.Form != layer.FormHeld {
-			out = append(out, buildkitapi.Usage{ID: string(l.ID), Kind: "regular", Description: "layer (" + l.Form + ")", SizeBytes: l.Size})
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	err = e.store.Blobs.Walk(func(d digest.Digest, size int64) error {
-		out = append(out, buildkitapi.Usage{ID: d.String(), Kind: "internal", Description: "blob", SizeBytes: size})
-		return nil
-	})
-	return out, err
 }

@@ -77,7 +77,14 @@ func openTest(t *testing.T) *testEngine {
 
 func openAt(t *testing.T, root string) *testEngine {
 	t.Helper()
-	e, err := Open(t.Context(), Options{Root: root, Log: testLog{t}})
+	return openWith(t, Options{Root: root})
+}
+
+func openWith(t *testing.T, options Options) *testEngine {
+	t.Helper()
+	options.Log = testLog{t}
+	root := options.Root
+	e, err := Open(t.Context(), options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -490,8 +497,9 @@ func TestRefusedRequests(t *testing.T) {
 	if _, err := te.build(t.Context(), r); err != nil {
 		t.Errorf("docker/dockerfile: %v", err)
 	}
-	if err := te.client.Prune(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "not supported yet") {
-		t.Errorf("prune: %v", err)
+	r = request{files: map[string]string{"Dockerfile": "FROM base\n"}, attrs: map[string]string{"attest:sbom": ""}}
+	if _, err := te.build(t.Context(), r); err == nil || !strings.Contains(err.Error(), "not supported yet") {
+		t.Errorf("SBOM: %v", err)
 	}
 }
 

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package exporter takes the result of a build out of the solver: into the local image store, to a registry, later into
-// archives and directories. What an export is made of and the interface of those that make one are here; each type of
+// Package exporter takes the result of a build out of the solver: into the local image store, to a registry, into
+// archives and directories of the client. What an export is made of and the interface of those that make one are here; each type of
 // export has a folder of its own.
 package exporter
 
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	commonexptypes "github.com/moby/buildkit/exporter/exptypes"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/tonistiigi/fsutil"
 
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
@@ -86,9 +91,26 @@ type Options struct {
 	Progress solver.Progress
 	// Credentials are those of the build's client; nil means docker's config.json only.
 	Credentials registry.Credentials
+	// Output is the client's end of this export; nil when there is none.
+	Output Output
 	// Now is the clock for images that do not say when they were made; nil means time.Now.
 	Now func() time.Time
 }
+
+// Output is where an export goes that ends at the client of the build. One export uses one of the methods, once.
+type Output interface {
+	// File opens a stream to a file of the client, who is told facts about it. What was written counts only after a
+	// Close without an error; an export that fails ends ctx before it calls Close. Errors of all three may wrap ErrExists.
+	File(ctx context.Context, facts map[string]string) (io.WriteCloser, error)
+	// Dir copies files into a directory of the client. With mirror the directory has nothing else in it afterwards. progress is
+	// called with the bytes that have been sent.
+	Dir(ctx context.Context, files fsutil.FS, mirror bool, progress func(sentBytes int64, done bool)) error
+	// Blobs takes blobs into an image layout of the client, who writes its index.json.
+	Blobs(ctx context.Context) (content.Ingester, error)
+}
+
+// ErrExists is what errors wrap when the client does not want the file because it has it already.
+var ErrExists = errors.New("the client has the file already")
 
 // Step reports a step of an export and returns the function that ends it.
 func (o Options) Step(id string) (done func()) {
@@ -109,6 +131,24 @@ func (o Options) Transfer(prefix string) func(id string, current, total int64, d
 	}
 }
 
+// Bytes reports the bytes of one step of an export, some times a second. The returned function is called by one goroutine at a
+// time, with all bytes so far; the end is when done is first true. total is 0 when it is not known.
+func (o Options) Bytes(id string, total int64) func(current int64, done bool) {
+	if o.Progress == nil {
+		return func(int64, bool) {}
+	}
+	const interval = 100 * time.Millisecond
+	var last time.Time
+	ended := false
+	o.Progress.Status(id, 0, total, false)
+	return func(current int64, done bool) {
+		if now := time.Now(); !ended && (done || now.Sub(last) >= interval) {
+			last, ended = now, done
+			o.Progress.Status(id, current, total, done)
+		}
+	}
+}
+
 // Exporter takes results out. It may be used concurrently.
 type Exporter interface {
 	// Name is what progress calls the export ("exporting to image").
@@ -117,6 +157,22 @@ type Exporter interface {
 	// name that is not whole: an image whose push failed is in the local store, but not in the registry.
 	Export(ctx context.Context, r Result, opts Options) (map[string]string, error)
 }
+
+// CacheOnly is the factory for the type "cacheonly": the build is made, and nothing is done with its result.
+func CacheOnly(attrs map[string]string) (Exporter, error) {
+	for _, key := range slices.Sorted(maps.Keys(attrs)) {
+		if key != string(commonexptypes.OptKeySourceDateEpoch) {
+			return nil, fmt.Errorf("attribute not supported yet: %s=%s", key, attrs[key])
+		}
+	}
+	return cacheOnly{}, nil
+}
+
+type cacheOnly struct{}
+
+func (cacheOnly) Name() string { return "exporting to cache only" }
+
+func (cacheOnly) Export(context.Context, Result, Options) (map[string]string, error) { return nil, nil }
 
 // Factory makes an exporter from its attributes. It refuses, by name, those that it does not honour.
 type Factory func(attrs map[string]string) (Exporter, error)

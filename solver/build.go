@@ -24,6 +24,11 @@ type Options struct {
 	Records Records
 	// Blobs keeps the logs of steps; nil keeps none.
 	Blobs Logs
+	// Inputs keeps what steps saw of their inputs when they ran; nil keeps nothing.
+	Inputs Inputs
+	// Lease keeps what is used from its call on until the function it returns is called; nil when nothing is ever deleted.
+	// Whoever calls the Solver holds a lease for each build; this one is for work that outlives the build that began it.
+	Lease func(id string) (release func())
 	// Jobs is how many steps run at once, all builds together; 0 means as many as there are processors. Sources are
 	// not counted: they wait for others most of the time.
 	Jobs int
@@ -37,6 +42,8 @@ type Solver struct {
 	layers  Layers
 	records Records
 	logs    Logs
+	inputs  Inputs
+	lease   func(id string) (release func())
 	jobs    int
 	newOp   func(*Vertex) (Op, error)
 
@@ -54,8 +61,11 @@ func New(o Options) *Solver {
 	if o.Jobs <= 0 {
 		o.Jobs = runtime.GOMAXPROCS(0)
 	}
+	if o.Lease == nil {
+		o.Lease = func(string) func() { return func() {} }
+	}
 	return &Solver{
-		layers: o.Layers, records: o.Records, logs: o.Blobs, jobs: o.Jobs, newOp: o.NewOp,
+		layers: o.Layers, records: o.Records, logs: o.Blobs, inputs: o.Inputs, lease: o.Lease, jobs: o.Jobs, newOp: o.NewOp,
 		runs: make(map[string]*run),
 	}
 }
@@ -99,6 +109,7 @@ type Build struct {
 	entries map[digest.Digest]*entry
 	pins    map[digest.Digest]result
 	made    map[digest.Digest]made
+	reports map[digest.Digest]*Report
 	running int // runs that have a slot and count for this build
 	closed  bool
 }
@@ -134,6 +145,7 @@ func (s *Solver) NewBuild(o BuildOptions) *Build {
 		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), pull: o.Pull, jobs: o.Jobs,
 		ctx: ctx, cancel: cancel,
 		entries: make(map[digest.Digest]*entry), pins: make(map[digest.Digest]result), made: make(map[digest.Digest]made),
+		reports: make(map[digest.Digest]*Report),
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -103,8 +103,8 @@ func (n *node) recipeItem(rec *record.Record) record.Item {
 
 // step says where in the user's files n comes from.
 func (n *node) step() record.Step {
-	file, line := position(n.vertex)
-	return record.Step{Name: n.vertex.Name, Stage: stageName(n.vertex.Name), File: file, Line: line}
+	r := Report{Vertex: n.vertex}
+	return r.Step()
 }
 
 // lastDuration returns how long the work of e took when it ran last.

@@ -41,7 +41,7 @@ func readGraph(def *pb.Definition, known func(digest.Digest) *Vertex) (*graph, e
 		return nil, errors.New("the last op of the definition does not point to a result: it must have one input and no work")
 	}
 
-	l := &loader{def: def, ops: ops, known: known, loaded: make(map[digest.Digest]*Vertex, len(ops))}
+	l := &loader{def: def, ops: ops, known: known, loaded: make(map[digest.Digest]*Vertex, len(ops)), made: map[*Vertex]bool{}}
 	result, err := l.edge(pointer.Inputs[0])
 	if err != nil {
 		return nil, fmt.Errorf("result of the definition: %w", err)
@@ -56,6 +56,7 @@ type loader struct {
 	known  func(digest.Digest) *Vertex
 	loaded map[digest.Digest]*Vertex // nil while its inputs are being loaded
 	order  []*Vertex
+	made   map[*Vertex]bool // not known before, so still ours to change
 }
 
 func (l *loader) edge(in *pb.Input) (Edge, error) {
@@ -105,10 +106,23 @@ func (l *loader) vertex(dgst digest.Digest) (*Vertex, error) {
 		if v.Locations, v.Sources, err = locations(l.def.Source, dgst); err != nil {
 			return nil, fmt.Errorf("vertex %q: %w", v.Name, err)
 		}
+		l.made[v] = true
+		l.lendLocations(v)
 	}
 	l.loaded[dgst] = v
 	l.order = append(l.order, v)
 	return v, nil
+}
+
+// lendLocations gives v's place in the Dockerfile to the sources that it reads and that have none: what ADD fetches comes from the
+// line of the ADD. A local context is read by many lines.
+func (l *loader) lendLocations(v *Vertex) {
+	for _, in := range v.Inputs {
+		src := in.Vertex
+		if source := src.Op.GetSource(); source != nil && l.made[src] && len(src.Locations) == 0 && !strings.HasPrefix(source.Identifier, "local://") {
+			src.Locations, src.Sources = v.Locations, v.Sources
+		}
+	}
 }
 
 // locations returns where the vertex comes from and the files of these places.

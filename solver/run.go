@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
@@ -103,9 +105,18 @@ func (s *Solver) begin(n *node, id string, work func(*run) (result, error)) *run
 	}
 	r.env = &Env{Session: &runSession{r}, Progress: r.out, Pull: r.owner.pull, BuildID: r.owner.id}
 	s.runs[id] = r
+	release := s.lease("run " + id)
 	go func() {
+		defer release()
 		res, err := work(r)
 		r.finish(res, err)
+		// The result was found or made under this lease, perhaps before those who have waited for it had one of their own.
+		// Now they all have, so used once more it is kept for them.
+		for _, snap := range res.outputs {
+			for _, layer := range snap {
+				_, _ = s.layers.Stat(context.Background(), layer)
+			}
+		}
 	}()
 	return r
 }
@@ -192,8 +203,12 @@ func (r *run) await() error {
 func (r *run) finish(res result, err error) {
 	s := r.solver
 	var log []byte
+	var kept digest.Digest
 	if err != nil {
 		log = r.out.tail()
+		if s.wants(r) {
+			kept, _ = r.out.store(context.WithoutCancel(r.ctx), s.logs) // the failure counts more than its log
+		}
 	}
 	r.out.discard()
 
@@ -208,8 +223,12 @@ func (r *run) finish(res result, err error) {
 	for _, n := range r.waiters {
 		switch {
 		case err != nil:
+			n.log = kept
 			n.fail(err, log)
 		case res.outputs != nil:
+			if n.record = res.rec; res.cached {
+				n.foundBy = record.KindContent
+			}
 			n.finish(res.outputs, res.cached)
 		}
 	}
@@ -217,6 +236,13 @@ func (r *run) finish(res result, err error) {
 	r.cancel(errors.New("the run is over"))
 	close(r.done)
 	s.dispatch()
+}
+
+// wants reports whether anybody waits for r.
+func (s *Solver) wants(r *run) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(r.waiters) > 0
 }
 
 // dispatch starts queued runs while there are slots: the one with the longest path to its result first, among equal
@@ -270,6 +296,7 @@ func (r *run) execute(n *node, inputs []snapshot.Snapshot, key ContentKey, parts
 	if err := r.await(); err != nil {
 		return result{}, err
 	}
+	defer n.keepInputs(r.ctx, inputs)()
 	start := time.Now()
 	outputs, err := n.entry.op.Run(r.ctx, r.env, inputs)
 	if err != nil {

@@ -61,6 +61,8 @@ type node struct {
 	recipe         RecipeKey
 	recipeParts    []record.Part
 	inputDigests   []digest.Digest // what the op sees of each input, as far as that was asked
+	content        ContentKey
+	contentParts   []record.Part
 
 	done chan struct{} // closed in a final state
 	// What follows is guarded by Solver.mu until done is closed.
@@ -69,6 +71,10 @@ type node struct {
 	outputs     []snapshot.Snapshot
 	cached      bool
 	err         *VertexError
+	// For the report: what was found or written, by which kind of key it was found, and the log of a failure.
+	record  *record.Record
+	foundBy string
+	log     digest.Digest
 }
 
 // plan links the nodes and decides which of them have to run. Solver.mu is held.
@@ -122,6 +128,19 @@ func (w *walk) end() {
 			w.build.display.cancel(n.vertex, false)
 		}
 	}
+	w.build.solver.mu.Lock()
+	for _, n := range w.nodes {
+		switch {
+		case n.pin.ByContent:
+			n.nameReport()
+		case n.state != waiting:
+		case w.root.state == done:
+			n.report(Skipped)
+		default:
+			n.report(Canceled)
+		}
+	}
+	w.build.solver.mu.Unlock()
 	w.build.active.Done()
 }
 
@@ -238,6 +257,7 @@ func (w *walk) make(n *node) {
 	if !n.unnamed {
 		if rec, ok := s.lookup(w.ctx, string(n.recipe), n.entry.outputs); ok {
 			s.mu.Lock()
+			n.record, n.foundBy = rec, record.KindRecipe
 			n.finish(rec.Outputs, true)
 			s.mu.Unlock()
 			return
@@ -266,6 +286,7 @@ func (w *walk) make(n *node) {
 	}
 	parts := contentParts(n.entry.keyParts(n.pin), n.inputDigests)
 	key := contentKey(parts)
+	n.content, n.contentParts = key, parts
 	id := string(key)
 	if n.fresh {
 		// Neither what another build has begun nor what it began before this one asked is fresh enough.

@@ -7,6 +7,7 @@ package solver
 
 import (
 	"context"
+	"io"
 	"sync/atomic"
 	"time"
 
@@ -53,6 +54,16 @@ type Op interface {
 	InputDigest(ctx context.Context, env *Env, i int, in snapshot.Snapshot) (digest.Digest, error)
 	// Run does the work and returns a snapshot for each output.
 	Run(ctx context.Context, env *Env, inputs []snapshot.Snapshot) ([]snapshot.Snapshot, error)
+}
+
+// Describer is an Op that can tell what it sees of an input file by file, so that two inputs with different digests can
+// be compared.
+type Describer interface {
+	Op
+	// Describes reports whether the op sees files of its i-th input, not all of it as a root file system.
+	Describes(i int) bool
+	// DescribeInput writes what the op sees of such an input.
+	DescribeInput(ctx context.Context, i int, in snapshot.Snapshot, w io.Writer) error
 }
 
 // Source is an Op without inputs whose result is named by its pin: a manifest digest, a commit, a checksum.

@@ -62,6 +62,11 @@ func (n *node) set(to state) {
 	case running:
 		show.start(n.vertex)
 	case done:
+		if n.cached {
+			n.report(Found)
+		} else {
+			n.report(Ran)
+		}
 		for _, below := range w.settle(n) {
 			show.cached(below.vertex)
 		}
@@ -72,11 +77,13 @@ func (n *node) set(to state) {
 		}
 		w.build.made[n.vertex.Digest] = made{outputs: n.outputs, ran: !n.cached}
 	case failed:
+		n.report(Failed)
 		show.start(n.vertex)
 		show.complete(n.vertex, n.err.Err)
 		w.failures = append(w.failures, n.err)
 		w.cancel(fmt.Errorf("canceled because %q failed", n.vertex.Name))
 	case canceled:
+		n.report(Canceled)
 		show.cancel(n.vertex, from == running)
 	}
 	if to.final() {

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package blob keeps bytes under their digest, in an OCI image layout: skopeo and the like read the directory as it
-// is. What is in the store has been verified while it was written: bytes go to the folder "ingest", are hashed on
-// the way, synced and renamed. Reading does not verify again, except ReadAll.
+// is.
+//
+// Writing verifies: bytes go to the folder "ingest", are hashed on the way, synced and renamed. Reading verifies what this process has
+// not verified yet: ReadAll always, a reader of Open when it is read from beginning to end (the error comes with the
+// last bytes). Parts of a blob (ReadAt, after Seek) are not verified; Check is there for whoever wants to know. A
+// blob that turns out to be damaged is moved to the quarantine folder: it is missing then, and gets fetched or made again.
 package blob
 
 import (
@@ -13,15 +17,19 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/seed-68981b69/slipway/cache/fsys"
 )
 
 // Errors that callers look for with errors.Is.
@@ -37,18 +45,54 @@ var (
 // maxReadAll bounds ReadAll: manifests and configs are read whole, layers are not.
 const maxReadAll = 64 << 20
 
+// resumeFor is how long what is there of an interrupted ingest is kept for Resume.
+const resumeFor = 24 * time.Hour
+
+// Options of a Store.
+type Options struct {
+	// FS is how the store writes; nil means fsys.OS.
+	FS fsys.FS
+	// Quarantine is the folder for damaged blobs, on the same file system; "" means "quarantine" in the store's.
+	Quarantine string
+	// Log takes what is worth knowing but no error of any call. nil means slog.Default().
+	Log *slog.Logger
+}
+
 // Store is a directory of blobs. Its methods may be called concurrently.
 type Store struct {
 	dir string
+	opt Options
+	fs  fsys.FS
+	log *slog.Logger
 
-	mu      sync.Mutex // guards writing
-	writing map[digest.Digest]chan struct{}
+	used     func(digest.Digest) // see OnUse
+	added    func(bytes int64)   // see OnAdd
+	deleting sync.RWMutex        // held for writing by DeleteIf
+
+	mu       sync.Mutex               // guards what follows
+	writing  map[string]chan struct{} // by digest or, of a resumable ingest, by the path of its file
+	verified map[digest.Digest]bool   // by this process, while writing or reading
 }
 
-// Open opens the store in dir, making it when missing. Half-written blobs of an earlier run are removed: the caller
-// must hold the lock of the state directory.
-func Open(dir string) (*Store, error) {
-	s := &Store{dir: dir, writing: map[digest.Digest]chan struct{}{}}
+// Open opens the store in dir, making it when missing. Half-written blobs of an earlier run are removed, but for those
+// that Resume can go on with, for a day: the caller must hold the lock of the state directory.
+func Open(dir string) (*Store, error) { return OpenWith(dir, Options{}) }
+
+// OpenWith is Open with options.
+func OpenWith(dir string, opt Options) (*Store, error) {
+	s := &Store{
+		dir: dir, opt: opt, fs: opt.FS, log: opt.Log,
+		writing: map[string]chan struct{}{}, verified: map[digest.Digest]bool{},
+	}
+	if s.fs == nil {
+		s.fs = fsys.OS
+	}
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	if s.opt.Quarantine == "" {
+		s.opt.Quarantine = filepath.Join(dir, "quarantine")
+	}
 	for _, sub := range []string{filepath.Join("blobs", "sha256"), "ingest"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return nil, fmt.Errorf("blob store: %w", err)
@@ -59,7 +103,10 @@ func Open(dir string) (*Store, error) {
 		return nil, fmt.Errorf("blob store: %w", err)
 	}
 	for _, e := range leftovers {
-		if err := os.RemoveAll(filepath.Join(s.ingest(), e.Name())); err != nil {
+		if info, err := e.Info(); err == nil && strings.HasPrefix(e.Name(), resumePrefix) && time.Since(info.ModTime()) < resumeFor {
+			continue
+		}
+		if err := s.fs.RemoveAll(filepath.Join(s.ingest(), e.Name())); err != nil {
 			return nil, fmt.Errorf("blob store: %w", err)
 		}
 	}
@@ -72,10 +119,10 @@ func Open(dir string) (*Store, error) {
 			continue
 		}
 		tmp := s.ingestName()
-		if err := os.WriteFile(tmp, []byte(content), 0o644); err != nil {
+		if err := fsys.WriteFile(s.fs, tmp, []byte(content), 0o644, true); err != nil {
 			return nil, fmt.Errorf("blob store: %w", err)
 		}
-		if err := os.Rename(tmp, path); err != nil {
+		if err := s.fs.Rename(tmp, path); err != nil {
 			return nil, fmt.Errorf("blob store: %w", err)
 		}
 	}
@@ -107,8 +154,8 @@ func (s *Store) Has(d digest.Digest) bool {
 	if err != nil {
 		return false
 	}
-	_, err = os.Lstat(path)
-	return err == nil
+	s.use(d)
+	return s.exists(path)
 }
 
 // Put stores what r reads. Digest and Size of want are verified where they are set; what is wrong never becomes
@@ -123,9 +170,9 @@ func (s *Store) Put(ctx context.Context, r io.Reader, want ocispec.Descriptor) e
 			if s.Has(want.Digest) {
 				return nil
 			}
-			other := s.claim(want.Digest)
+			other := s.claim(string(want.Digest))
 			if other == nil {
-				defer s.unclaim(want.Digest)
+				defer s.unclaim(string(want.Digest))
 				break
 			}
 			select {
@@ -156,125 +203,28 @@ func (s *Store) Put(ctx context.Context, r io.Reader, want ocispec.Descriptor) e
 
 type onlyReader struct{ io.Reader }
 
-// claim takes the right to write a digest. If another has it, claim returns what is closed when that one is done.
-func (s *Store) claim(d digest.Digest) chan struct{} {
+// claim takes the right to write a digest or a file. If another has it, claim returns what is closed when that one is done.
+func (s *Store) claim(name string) chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if other := s.writing[d]; other != nil {
+	if other := s.writing[name]; other != nil {
 		return other
 	}
-	s.writing[d] = make(chan struct{})
+	s.writing[name] = make(chan struct{})
 	return nil
 }
 
-func (s *Store) unclaim(d digest.Digest) {
+func (s *Store) unclaim(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	close(s.writing[d])
-	delete(s.writing, d)
+	close(s.writing[name])
+	delete(s.writing, name)
 }
 
 // PutBytes stores b and returns its descriptor.
 func (s *Store) PutBytes(ctx context.Context, mediaType string, b []byte) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}
 	return desc, s.Put(ctx, bytes.NewReader(b), desc)
-}
-
-// Writer takes the bytes of one blob. It is used by one goroutine.
-type Writer struct {
-	s    *Store
-	ctx  context.Context
-	f    *os.File
-	hash hash.Hash
-	alg  digest.Algorithm
-	size int64
-	done bool
-}
-
-// Writer starts a blob whose digest is not known yet.
-func (s *Store) Writer(ctx context.Context) (*Writer, error) {
-	return s.writer(ctx, digest.SHA256)
-}
-
-func (s *Store) writer(ctx context.Context, alg digest.Algorithm) (*Writer, error) {
-	f, err := os.OpenFile(s.ingestName(), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("blob store: %w", err)
-	}
-	return &Writer{s: s, ctx: ctx, f: f, hash: alg.Hash(), alg: alg}, nil
-}
-
-// Write appends p. It fails when the context that the Writer was made with has ended.
-func (w *Writer) Write(p []byte) (int, error) {
-	if err := w.ctx.Err(); err != nil {
-		return 0, context.Cause(w.ctx)
-	}
-	n, err := w.f.Write(p)
-	w.hash.Write(p[:n])
-	w.size += int64(n)
-	return n, err
-}
-
-// Digest returns the digest of what has been written so far.
-func (w *Writer) Digest() digest.Digest { return digest.NewDigest(w.alg, w.hash) }
-
-// Size returns how many bytes have been written so far.
-func (w *Writer) Size() int64 { return w.size }
-
-// Commit makes the blob visible, under Digest, if it has the size and digest given; 0 and "" take any. Nothing can
-// be written after.
-func (w *Writer) Commit(size int64, want digest.Digest) error {
-	got := w.Digest()
-	if size > 0 && size != w.size {
-		return fmt.Errorf("blob %s: %w: %d bytes instead of %d", want, ErrSize, w.size, size)
-	}
-	if want != "" && want != got {
-		return fmt.Errorf("blob %s: %w: it is %s", want, ErrDigest, got)
-	}
-	path, err := w.s.path(got)
-	if err != nil {
-		return err
-	}
-	if err := w.f.Sync(); err != nil {
-		return fmt.Errorf("blob %s: %w", got, err)
-	}
-	if err := w.f.Close(); err != nil {
-		return fmt.Errorf("blob %s: %w", got, err)
-	}
-	w.done = true
-	if w.s.Has(got) {
-		return os.Remove(w.f.Name())
-	}
-	if err := rename(w.f.Name(), path); err != nil {
-		_ = os.Remove(w.f.Name())
-		return fmt.Errorf("blob %s: %w", got, err)
-	}
-	return nil
-}
-
-// Close throws away what was not committed. It may be called more than once.
-func (w *Writer) Close() error {
-	if w.done {
-		return nil
-	}
-	w.done = true
-	return errors.Join(w.f.Close(), os.Remove(w.f.Name()))
-}
-
-// rename moves a finished file to its place, durably.
-func rename(from, to string) error {
-	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-		return err
-	}
-	if err := os.Rename(from, to); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(to))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }
 
 // Link makes the finished file at path the blob d, without copying where the file system can (a hard link). The
@@ -288,7 +238,7 @@ func (s *Store) Link(d digest.Digest, path string) error {
 		return nil
 	}
 	tmp := s.ingestName()
-	if err := os.Link(path, tmp); err != nil {
+	if err := s.fs.Link(path, tmp); err != nil {
 		f, err := os.Open(path)
 		if err != nil {
 			return fmt.Errorf("blob %s: %w", d, err)
@@ -296,65 +246,30 @@ func (s *Store) Link(d digest.Digest, path string) error {
 		defer f.Close()
 		return s.Put(context.Background(), f, ocispec.Descriptor{Digest: d})
 	}
-	if err := rename(tmp, to); err != nil {
-		_ = os.Remove(tmp)
+	if err := s.rename(tmp, to); err != nil {
+		_ = s.fs.RemoveAll(tmp)
 		return fmt.Errorf("blob %s: %w", d, err)
 	}
 	return nil
 }
 
-// ReaderAt is an open blob.
-type ReaderAt interface {
-	io.ReaderAt
-	io.ReadSeekCloser
-	// Size is the length of the blob in bytes.
-	Size() int64
-}
-
-type file struct {
-	*os.File
-	size int64
-}
-
-func (f *file) Size() int64 { return f.size }
-
-// Open opens a blob for reading. The error wraps ErrNotFound when there is none.
-func (s *Store) Open(d digest.Digest) (ReaderAt, error) {
-	path, err := s.path(d)
-	if err != nil {
-		return nil, err
-	}
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("blob %s: %w", d, ErrNotFound)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("blob %s: %w", d, err)
-	}
-	st, err := f.Stat()
-	if err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("blob %s: %w", d, err)
-	}
-	return &file{f, st.Size()}, nil
-}
-
 // ReadAll returns a blob of at most 64 MiB, verified. Damaged bytes are an error that wraps ErrDigest.
 func (s *Store) ReadAll(d digest.Digest) ([]byte, error) {
-	f, err := s.Open(d)
+	r, err := s.Open(d)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	if f.Size() > maxReadAll {
-		return nil, fmt.Errorf("blob %s: %w: %d bytes are too many to read at once", d, ErrSize, f.Size())
+	defer r.Close()
+	if r.Size() > maxReadAll {
+		return nil, fmt.Errorf("blob %s: %w: %d bytes are too many to read at once", d, ErrSize, r.Size())
 	}
+	f := r.(*reader).f // verified below, whether this process has done so before or not
 	b, err := io.ReadAll(io.LimitReader(f, maxReadAll+1))
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", d, err)
 	}
 	if got := d.Algorithm().FromBytes(b); got != d {
-		return nil, fmt.Errorf("blob %s: %w: the stored bytes are %s", d, ErrDigest, got)
+		return nil, s.damaged(d, got)
 	}
 	return b, nil
 }
@@ -365,7 +280,10 @@ func (s *Store) Delete(d digest.Digest) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	s.mu.Lock()
+	delete(s.verified, d)
+	s.mu.Unlock()
+	if err := s.fs.RemoveAll(path); err != nil {
 		return fmt.Errorf("blob %s: %w", d, err)
 	}
 	return nil

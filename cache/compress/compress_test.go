@@ -235,3 +235,49 @@ func TestMemo(t *testing.T) {
 		t.Errorf("unreadable note: %v %v, want a miss", ok, err)
 	}
 }
+
+// TestWriteLevels: each level of each kind can be read back, and the bytes do not depend on the number of workers.
+func TestWriteLevels(t *testing.T) {
+	ctx := context.Background()
+	for _, size := range []int{0, 1, zstdBlock, zstdBlock + 1, 2*zstdBlock + 12345} {
+		in := make([]byte, size)
+		for i := range in {
+			in[i] = byte(i*i>>9) ^ byte(i>>3)
+		}
+		var first []byte
+		for _, workers := range []int{1, 2, 8} {
+			var out bytes.Buffer
+			if err := WriteZstd(ctx, &out, bytes.NewReader(in), workers); err != nil {
+				t.Fatal(err)
+			}
+			if first == nil {
+				first = out.Bytes()
+			} else if !bytes.Equal(first, out.Bytes()) {
+				t.Errorf("%d bytes with %d workers differ", size, workers)
+			}
+		}
+		for _, kind := range []Kind{None, Gzip, Zstd} {
+			lowest, highest, usual := Levels(kind)
+			for _, level := range []int{lowest, 1, usual, highest} {
+				if level > highest || size > 1 && size != zstdBlock+1 && level != usual {
+					continue // the higher levels take their time
+				}
+				var out bytes.Buffer
+				if err := Write(ctx, &out, bytes.NewReader(in), kind, level); err != nil {
+					t.Fatal(err)
+				}
+				r, found, err := NewReader(bytes.NewReader(out.Bytes()))
+				if err != nil || found != kind {
+					t.Fatalf("%s %d: %s, %v", kind, level, found, err)
+				}
+				back, err := io.ReadAll(r)
+				if err != nil || !bytes.Equal(back, in) {
+					t.Errorf("%s level %d of %d bytes: %d came back, %v", kind, level, size, len(back), err)
+				}
+			}
+		}
+	}
+	if err := Write(ctx, io.Discard, bytes.NewReader(nil), Gzip, 10); err == nil {
+		t.Error("gzip has no level 10")
+	}
+}

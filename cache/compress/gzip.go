@@ -8,11 +8,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"runtime"
-	"sync"
 
 	"github.com/klauspost/compress/flate"
-	"golang.org/x/sync/errgroup"
 )
 
 const (
@@ -26,81 +23,35 @@ const (
 	gzipWindow = 32 << 10
 )
 
+var gzipBlocks = newBlockPool(gzipBlock)
+
 // WriteGzip writes the bytes of r to w as one gzip member, with up to workers goroutines (0: one for each processor).
 // The output depends on nothing but the input and the release of this program: no name, no time.
 func WriteGzip(ctx context.Context, w io.Writer, r io.Reader, workers int) error {
-	if workers <= 0 {
-		workers = runtime.GOMAXPROCS(0)
-	}
+	return writeGzip(ctx, w, r, gzipLevel, workers)
+}
+
+func writeGzip(ctx context.Context, w io.Writer, r io.Reader, level, workers int) error {
 	if _, err := w.Write([]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff}); err != nil {
 		return err
 	}
-	group, ctx := errgroup.WithContext(ctx)
-	// In the order of the input; its capacity bounds how many blocks are in memory.
-	ordered := make(chan *block, workers)
-	work := make(chan *block)
 	var sum uint32
 	var size uint64
-
-	group.Go(func() error {
-		defer close(ordered)
-		defer close(work)
-		var dict []byte
-		for {
-			b := blocks.Get().(*block)
-			b.done = make(chan struct{})
-			n, err := io.ReadFull(r, b.in[:])
-			b.n, b.last = n, err == io.EOF || err == io.ErrUnexpectedEOF
-			if err != nil && !b.last {
-				return err
-			}
-			b.dict = append(b.dict[:0], dict...)
-			dict = append(dict[:0], b.in[max(0, n-gzipWindow):n]...)
-			sum = crc32.Update(sum, crc32.IEEETable, b.in[:n])
-			size += uint64(n)
-			last := b.last // b belongs to others now
-			for _, to := range []chan *block{ordered, work} {
-				select {
-				case to <- b:
-				case <-ctx.Done():
-					return context.Cause(ctx)
-				}
-			}
-			if last {
-				return nil
-			}
-		}
-	})
-	for range workers {
-		group.Go(func() error {
-			z, err := flate.NewWriter(nil, gzipLevel)
+	p := pipeline{
+		pool: gzipBlocks, window: gzipWindow, workers: workers,
+		read: func(b []byte) {
+			sum = crc32.Update(sum, crc32.IEEETable, b)
+			size += uint64(len(b))
+		},
+		newWorker: func() (func(*block) error, error) {
+			z, err := flate.NewWriter(nil, level)
 			if err != nil {
-				return err
+				return nil, fmt.Errorf("gzip: %w", err)
 			}
-			for b := range work {
-				if err := b.compress(z); err != nil {
-					return fmt.Errorf("gzip: %w", err)
-				}
-				close(b.done)
-			}
-			return nil
-		})
+			return func(b *block) error { return b.deflate(z) }, nil
+		},
 	}
-	group.Go(func() error {
-		for b := range ordered {
-			select {
-			case <-b.done:
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
-			if _, err := w.Write(b.out.b); err != nil {
-				return err
-			}
-			blocks.Put(b)
-		}
-		return nil
-	})
-	if err := group.Wait(); err != nil {
+	if err := p.run(ctx, w, r); err != nil {
 		return err
 	}
 	var tail [8]byte
@@ -110,33 +61,19 @@ func WriteGzip(ctx context.Context, w io.Writer, r io.Reader, workers int) error
 	return err
 }
 
-// block is one piece of the input on its way.
-type block struct {
-	in   [gzipBlock]byte
-	n    int
-	last bool
-	dict []byte
-	out  buffer
-	done chan struct{} // closed when out is complete
-}
-
-var blocks = sync.Pool{New: func() any { return new(block) }}
-
-func (b *block) compress(z *flate.Writer) error {
-	b.out.b = b.out.b[:0]
+func (b *block) deflate(z *flate.Writer) error {
 	z.ResetDict(&b.out, b.dict)
 	if _, err := z.Write(b.in[:b.n]); err != nil {
-		return err
+		return fmt.Errorf("gzip: %w", err)
 	}
+	var err error
 	if b.last {
-		return z.Close()
+		err = z.Close()
+	} else {
+		err = z.Flush() // ends on a byte, so that blocks can be put together
 	}
-	return z.Flush() // ends on a byte, so that blocks can be put together
-}
-
-type buffer struct{ b []byte }
-
-func (b *buffer) Write(p []byte) (int, error) {
-	b.b = append(b.b, p...)
-	return len(p), nil
+	if err != nil {
+		return fmt.Errorf("gzip: %w", err)
+	}
+	return nil
 }

@@ -9,25 +9,43 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"unsafe"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// The file: magic, number of entries, the entries in Compare order, SHA-256 of all that. Numbers are varints,
-// strings have their length in front. An entry is its type, a byte of flags that say which of the rarer fields
-// follow, and the fields in the order of the struct.
-const magic = "slipway index 1\n"
+// The file: magic, number of entries, the entries in Compare order, SHA-256 of all that. Numbers are varints of the
+// shortest form, strings have their length in front. An entry is, in this order,
+//
+//	path
+//	content:  type, a byte of flags, mode, UID, GID, size, then what the flags say
+//	marks:    a byte of flags, and the path that a hard link points to
+//	modification time
+//	offset + 1; 0 for none
+//
+// so that what counts for a Merkle digest (content) and for the digest of a layer (all but the last two) stand in one
+// piece. There is one way to write an index: whatever else is refused.
+const magic = "slipway index 2\n"
 
+// The flags in the content.
 const (
-	hasSHA256  = 1 << iota // Digest, as 32 bytes
-	hasDigest              // Digest, as a string
-	hasLink                // Target or HardLink
-	hasDevice              // Major, Minor
-	hasXattrs              // Xattrs
-	hasOffset              // Offset
-	isOpaque               // Opaque
-	isHardLink             // the link is HardLink
+	hasSHA256 = 1 << iota // Digest, as 32 bytes
+	hasDigest             // Digest, as a string
+	hasTarget             // Target
+	hasDevice             // Major, Minor
+	hasXattrs             // their number, then names and values, by name
+
+	contentFlags = 1<<iota - 1
+)
+
+// The marks.
+const (
+	isHardLink = 1 << iota
+	isOpaque
+
+	markFlags = 1<<iota - 1
 )
 
 // ErrCorrupt is what Decode's errors wrap.
@@ -35,17 +53,35 @@ var ErrCorrupt = errors.New("layer index is corrupt")
 
 // Encode returns the index as bytes for a file. Equal indexes give equal bytes.
 func (x *Index) Encode() []byte {
-	buf := make([]byte, 0, 64+len(x.entries)*112)
+	buf := make([]byte, 0, len(magic)+binary.MaxVarintLen64+len(x.data)+sha256.Size)
 	buf = append(buf, magic...)
-	buf = binary.AppendUvarint(buf, uint64(len(x.entries)))
-	for i := range x.entries {
-		buf = appendEntry(buf, &x.entries[i])
-	}
+	buf = binary.AppendUvarint(buf, uint64(len(x.nodes)))
+	buf = append(buf, x.data...)
 	sum := sha256.Sum256(buf)
 	return append(buf, sum[:]...)
 }
 
 func appendEntry(buf []byte, e *Entry) []byte {
+	buf = appendString(buf, e.Path)
+	buf = appendContent(buf, e)
+	var marks byte
+	if e.HardLink != "" {
+		marks |= isHardLink
+	}
+	if e.Opaque {
+		marks |= isOpaque
+	}
+	buf = append(buf, marks)
+	if e.HardLink != "" {
+		buf = appendString(buf, e.HardLink)
+	}
+	buf = binary.AppendVarint(buf, e.ModTime)
+	return binary.AppendUvarint(buf, uint64(max(e.Offset, -1)+1))
+}
+
+// appendContent appends what counts as content of e besides its place: type, mode, owner, size, device, symlink
+// target, xattrs, digest. Every part has a length or a fixed place, so different entries never look the same.
+func appendContent(buf []byte, e *Entry) []byte {
 	var flags byte
 	raw, isSHA := rawSHA256(e.Digest)
 	switch {
@@ -54,13 +90,8 @@ func appendEntry(buf []byte, e *Entry) []byte {
 	case e.Digest != "":
 		flags |= hasDigest
 	}
-	link := e.Target
-	if e.HardLink != "" {
-		flags |= isHardLink
-		link = e.HardLink
-	}
-	if link != "" {
-		flags |= hasLink
+	if e.Target != "" {
+		flags |= hasTarget
 	}
 	if e.Major != 0 || e.Minor != 0 {
 		flags |= hasDevice
@@ -68,21 +99,19 @@ func appendEntry(buf []byte, e *Entry) []byte {
 	if len(e.Xattrs) > 0 {
 		flags |= hasXattrs
 	}
-	if e.Offset >= 0 {
-		flags |= hasOffset
-	}
-	if e.Opaque {
-		flags |= isOpaque
-	}
 	buf = append(buf, byte(e.Type), flags)
-	buf = appendString(buf, e.Path)
 	buf = binary.AppendUvarint(buf, uint64(e.Mode))
 	buf = binary.AppendUvarint(buf, uint64(e.UID))
 	buf = binary.AppendUvarint(buf, uint64(e.GID))
 	buf = binary.AppendUvarint(buf, uint64(e.Size))
-	buf = binary.AppendVarint(buf, e.ModTime)
-	if flags&hasLink != 0 {
-		buf = appendString(buf, link)
+	switch {
+	case isSHA:
+		buf = append(buf, raw[:]...)
+	case e.Digest != "":
+		buf = appendString(buf, string(e.Digest))
+	}
+	if flags&hasTarget != 0 {
+		buf = appendString(buf, e.Target)
 	}
 	if flags&hasDevice != 0 {
 		buf = binary.AppendUvarint(buf, uint64(e.Major))
@@ -91,14 +120,24 @@ func appendEntry(buf []byte, e *Entry) []byte {
 	if flags&hasXattrs != 0 {
 		buf = appendXattrs(buf, e.Xattrs)
 	}
-	switch {
-	case flags&hasSHA256 != 0:
-		buf = append(buf, raw[:]...)
-	case flags&hasDigest != 0:
-		buf = appendString(buf, string(e.Digest))
+	return buf
+}
+
+func appendString(buf []byte, s string) []byte {
+	buf = binary.AppendUvarint(buf, uint64(len(s)))
+	return append(buf, s...)
+}
+
+func appendXattrs(buf []byte, xattrs map[string]string) []byte {
+	names := make([]string, 0, len(xattrs))
+	for name := range xattrs {
+		names = append(names, name)
 	}
-	if flags&hasOffset != 0 {
-		buf = binary.AppendUvarint(buf, uint64(e.Offset))
+	slices.Sort(names)
+	buf = binary.AppendUvarint(buf, uint64(len(xattrs)))
+	for _, name := range names {
+		buf = appendString(buf, name)
+		buf = appendString(buf, xattrs[name])
 	}
 	return buf
 }
@@ -109,74 +148,164 @@ func rawSHA256(d digest.Digest) (raw [32]byte, ok bool) {
 	if len(d) != len(prefix)+64 || d[:len(prefix)] != prefix {
 		return raw, false
 	}
-	for _, c := range d[len(prefix):] {
-		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'f') {
+	text := d[len(prefix):]
+	for i := range raw {
+		hi, lo := hexValues[text[2*i]], hexValues[text[2*i+1]]
+		if hi|lo > 15 {
 			return raw, false
 		}
+		raw[i] = hi<<4 | lo
 	}
-	_, err := hex.Decode(raw[:], []byte(d[len(prefix):]))
-	return raw, err == nil
+	return raw, true
 }
 
-// Decode reads what Encode has written. Errors wrap ErrCorrupt; whatever the bytes, it neither panics nor
-// allocates more than a small multiple of their number.
+// hexValues has the value of each lower-case hexadecimal digit, 255 for everything else.
+var hexValues = func() (values [256]byte) {
+	for i := range values {
+		values[i] = 255
+		if n := strings.IndexByte("0123456789abcdef", byte(i)); n >= 0 {
+			values[i] = byte(n)
+		}
+	}
+	return values
+}()
+
+// Decode reads what Encode has written; b belongs to the index from now on. All of it is checked, though no Entry is
+// made yet. Errors wrap ErrCorrupt; whatever the bytes, it neither panics nor allocates more than a small multiple of
+// their number.
 func Decode(b []byte) (*Index, error) {
 	if len(b) < len(magic)+sha256.Size || string(b[:len(magic)]) != magic {
 		return nil, fmt.Errorf("%w: no index or not of this version", ErrCorrupt)
 	}
 	body, trailer := b[:len(b)-sha256.Size], b[len(b)-sha256.Size:]
-	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], trailer) {
+	sums := make(chan bool, 1)
+	go func() {
+		sum := sha256.Sum256(body)
+		sums <- bytes.Equal(sum[:], trailer)
+	}()
+	// All names are parts of this string.
+	entries := body[len(magic):]
+	x, err := decodeBody(unsafe.String(unsafe.SliceData(entries), len(entries)))
+	switch {
+	case !<-sums:
 		return nil, fmt.Errorf("%w: checksum does not match", ErrCorrupt)
-	}
-	x, err := decodeBody(string(body[len(magic):]))
-	if err != nil {
+	case err != nil:
 		return nil, fmt.Errorf("%w: %v", ErrCorrupt, err)
 	}
 	return x, nil
 }
 
-// decodeBody takes a string so that all names can be parts of it.
 func decodeBody(s string) (*Index, error) {
-	const smallest = 8 // bytes an entry takes at least
+	const smallest = 9 // bytes an entry takes at least
 	r := reader{s: s}
 	n := r.uvarint()
-	if n > uint64(len(s)/smallest) {
+	if r.bad || n > uint64(len(s)/smallest) {
 		return nil, fmt.Errorf("%d entries in %d bytes", n, len(s))
 	}
-	entries := make([]Entry, n)
-	for i := range entries {
-		if err := r.entry(&entries[i]); err != nil {
-			return nil, fmt.Errorf("entry %d: %w", i, err)
-		}
-		if i > 0 && Compare(entries[i-1].Path, entries[i].Path) >= 0 {
-			return nil, fmt.Errorf("entry %d: %q after %q", i, entries[i].Path, entries[i-1].Path)
-		}
-	}
-	if r.bad || r.s != "" {
-		return nil, errors.New("wrong length")
-	}
-	if !complete(entries) {
-		return nil, errors.New("an entry has no parent")
-	}
-	return build(entries, true)
+	return scan(r.s[r.i:], int(n))
 }
 
-// reader takes values off the front of s; after the first one that is not there, bad is set.
+// scan makes the index of n encoded entries, which it checks.
+func scan(data string, n int) (*Index, error) {
+	if len(data) > 1<<32-1 || n > 1<<31-1 {
+		return nil, fmt.Errorf("%d entries of %d bytes are too many", n, len(data))
+	}
+	x := &Index{data: data, nodes: make([]node, n)}
+	if n == 0 {
+		return nil, errors.New("there is no root")
+	}
+	// open are the directories that the entry at hand may be in, from the root; last is the name of the last entry of
+	// each so far.
+	type openDir struct {
+		pos        int32
+		path, last string
+	}
+	var open []openDir
+	dirs := int32(0)
+	r := reader{s: data}
+	for i := range n {
+		x.nodes[i].off = uint32(r.i)
+		path, typ, opaque, err := r.check()
+		if err != nil {
+			return nil, fmt.Errorf("entry %d: %w", i, err)
+		}
+		node := &x.nodes[i]
+		node.dir = -1
+		if i == 0 {
+			if path != "" || typ != Dir {
+				return nil, errors.New("the root is not a directory")
+			}
+		} else {
+			for len(open) > 0 && !(len(path) > len(open[len(open)-1].path) && Within(path, open[len(open)-1].path)) {
+				x.nodes[open[len(open)-1].pos].end = int32(i)
+				open = open[:len(open)-1]
+			}
+			if len(open) == 0 {
+				return nil, fmt.Errorf("entry %d: %q is out of order", i, path)
+			}
+			parent := &open[len(open)-1]
+			name := path[len(parent.path):]
+			if parent.path != "" {
+				name = name[1:]
+			}
+			switch {
+			case name == "." || name == ".." || strings.IndexByte(name, 0) >= 0:
+				return nil, fmt.Errorf("entry %d: path %q is not clean", i, path)
+			case strings.IndexByte(name, '/') >= 0:
+				return nil, fmt.Errorf("path %q: its parent is missing or not a directory", path)
+			case name <= parent.last:
+				return nil, fmt.Errorf("entry %d: %q after %q", i, path, Join(parent.path, parent.last))
+			}
+			parent.last = name
+			node.parent = parent.pos
+			node.shadow = x.nodes[parent.pos].shadow
+		}
+		node.end = int32(i + 1)
+		if typ == Dir {
+			node.dir = dirs
+			dirs++
+			node.shadow = node.shadow || opaque
+			open = append(open, openDir{pos: int32(i), path: path})
+		}
+		x.unhashed = x.unhashed || typ == File && !r.hashed
+	}
+	for _, d := range open {
+		x.nodes[d.pos].end = int32(n)
+	}
+	if r.i != len(data) {
+		return nil, errors.New("there is something behind the last entry")
+	}
+	x.dirs = int(dirs)
+	return x, nil
+}
+
+// record returns a reader that stands at the beginning of entry i.
+func (x *Index) record(i int) reader { return reader{s: x.data, i: int(x.nodes[i].off)} }
+
+// reader takes values from s, beginning at i; after the first one that is not there or not well-formed, bad is set.
 type reader struct {
 	s   string
+	i   int
 	bad bool
+	// hashed says that the last entry checked had a Digest.
+	hashed bool
 }
 
 func (r *reader) uvarint() uint64 {
+	if r.i < len(r.s) && r.s[r.i] < 0x80 {
+		r.i++
+		return uint64(r.s[r.i-1])
+	}
+	return r.longUvarint()
+}
+
+func (r *reader) longUvarint() uint64 {
 	var v uint64
-	for shift := 0; shift < 64; shift += 7 {
-		if len(r.s) == 0 {
-			break
-		}
-		c := r.s[0]
-		r.s = r.s[1:]
+	for shift := 0; shift < 64 && r.i < len(r.s); shift += 7 {
+		c := r.s[r.i]
+		r.i++
 		if c < 0x80 {
-			if shift == 63 && c > 1 {
+			if shift == 63 && c > 1 || shift > 0 && c == 0 {
 				break
 			}
 			return v | uint64(c)<<shift
@@ -195,7 +324,7 @@ func (r *reader) uint32() uint32 {
 	return uint32(v)
 }
 
-func (r *reader) length() int64 {
+func (r *reader) int64() int64 {
 	v := r.uvarint()
 	if v > 1<<63-1 {
 		r.bad = true
@@ -204,41 +333,170 @@ func (r *reader) length() int64 {
 	return int64(v)
 }
 
+func (r *reader) byte() byte {
+	if r.i >= len(r.s) {
+		r.bad = true
+		return 0
+	}
+	r.i++
+	return r.s[r.i-1]
+}
+
 func (r *reader) bytes(n uint64) string {
-	if n > uint64(len(r.s)) {
+	if n > uint64(len(r.s)-r.i) {
 		r.bad = true
 		return ""
 	}
-	out := r.s[:n]
-	r.s = r.s[n:]
-	return out
+	r.i += int(n)
+	return r.s[r.i-int(n) : r.i]
 }
 
 func (r *reader) string() string { return r.bytes(r.uvarint()) }
 
-func (r *reader) entry(e *Entry) error {
-	head := r.bytes(2)
-	if r.bad {
-		return errors.New("truncated")
+// path returns the path of the record that r stands at the beginning of.
+func (r reader) path() string { return r.string() }
+
+// typ returns its type.
+func (r reader) typ() Type {
+	r.string()
+	return Type(r.byte())
+}
+
+// identity returns the part of a record that counts for the digest of a layer.
+func (r reader) identity() string {
+	start := r.i
+	r.string()
+	r.skipContent()
+	if r.byte()&isHardLink != 0 {
+		r.string()
 	}
-	e.Type = Type(head[0])
-	flags := head[1]
+	return r.s[start:r.i]
+}
+
+// content returns the part of a record that counts for a Merkle digest.
+func (r reader) content() string {
+	r.string()
+	start := r.i
+	r.skipContent()
+	return r.s[start:r.i]
+}
+
+// skipContent passes over the content of a record that has been checked.
+func (r *reader) skipContent() {
+	r.byte()
+	flags := r.byte()
+	for range 4 {
+		r.uvarint()
+	}
+	switch {
+	case flags&hasSHA256 != 0:
+		r.bytes(sha256.Size)
+	case flags&hasDigest != 0:
+		r.string()
+	}
+	if flags&hasTarget != 0 {
+		r.string()
+	}
+	if flags&hasDevice != 0 {
+		r.uvarint()
+		r.uvarint()
+	}
+	if flags&hasXattrs != 0 {
+		for n := r.uvarint(); n > 0 && !r.bad; n-- {
+			r.string()
+			r.string()
+		}
+	}
+}
+
+// check reads one record and refuses what Encode would not have written. The path is not looked at.
+func (r *reader) check() (path string, typ Type, opaque bool, err error) {
+	path = r.string()
+	typ = Type(r.byte())
+	flags := r.byte()
+	mode := r.uint32()
+	r.uint32()
+	r.uint32()
+	r.int64()
+	r.hashed = flags&(hasSHA256|hasDigest) != 0
+	switch {
+	case flags&hasSHA256 != 0:
+		r.bytes(sha256.Size)
+		if flags&hasDigest != 0 {
+			r.bad = true
+		}
+	case flags&hasDigest != 0:
+		text := r.string()
+		if _, short := rawSHA256(digest.Digest(text)); short || text == "" {
+			r.bad = true
+		}
+	}
+	if flags&hasTarget != 0 && r.string() == "" {
+		r.bad = true
+	}
+	if flags&hasDevice != 0 {
+		if major, minor := r.uint32(), r.uint32(); major == 0 && minor == 0 {
+			r.bad = true
+		}
+	}
+	if flags&hasXattrs != 0 {
+		n := r.uvarint()
+		last := ""
+		if n == 0 {
+			r.bad = true
+		}
+		for i := uint64(0); i < n && !r.bad; i++ {
+			name := r.string()
+			r.string()
+			if i > 0 && name <= last {
+				return path, typ, false, fmt.Errorf("%q: xattr %q after %q", path, name, last)
+			}
+			last = name
+		}
+	}
+	marks := r.byte()
+	opaque = marks&isOpaque != 0
+	if marks&isHardLink != 0 {
+		if link := r.string(); link == "" || CheckPath(link) != nil {
+			return path, typ, false, fmt.Errorf("%q: hard link to %q", path, link)
+		}
+	}
+	r.uvarint() // modification time
+	if r.uvarint() > 1<<63 {
+		r.bad = true
+	}
+	switch {
+	case r.bad:
+		return path, typ, false, errors.New("truncated or a value out of range")
+	case typ < Dir || typ > Whiteout:
+		return path, typ, false, fmt.Errorf("path %q: unknown type %d", path, typ)
+	case flags&^contentFlags != 0 || marks&^markFlags != 0:
+		return path, typ, false, fmt.Errorf("%q: unknown flags", path)
+	case mode > 0o7777:
+		return path, typ, false, fmt.Errorf("%q: mode %o", path, mode)
+	case opaque && typ != Dir:
+		return path, typ, false, fmt.Errorf("%q: opaque but no directory", path)
+	}
+	return path, typ, opaque, nil
+}
+
+// entry decodes a record that has been checked.
+func (r reader) entry(e *Entry) {
 	e.Path = r.string()
+	e.Type = Type(r.byte())
+	flags := r.byte()
 	e.Mode = r.uint32()
 	e.UID = r.uint32()
 	e.GID = r.uint32()
-	e.Size = r.length()
-	zigzag := r.uvarint()
-	e.ModTime = int64(zigzag>>1) ^ -int64(zigzag&1)
-	if flags&hasLink != 0 {
-		if flags&isHardLink != 0 {
-			e.HardLink = r.string()
-			if CheckPath(e.HardLink) != nil {
-				return fmt.Errorf("hard link to %q", e.HardLink)
-			}
-		} else {
-			e.Target = r.string()
-		}
+	e.Size = r.int64()
+	switch {
+	case flags&hasSHA256 != 0:
+		e.Digest = hexDigest(r.bytes(sha256.Size))
+	case flags&hasDigest != 0:
+		e.Digest = digest.Digest(r.string())
+	}
+	if flags&hasTarget != 0 {
+		e.Target = r.string()
 	}
 	if flags&hasDevice != 0 {
 		e.Major = r.uint32()
@@ -246,37 +504,25 @@ func (r *reader) entry(e *Entry) error {
 	}
 	if flags&hasXattrs != 0 {
 		n := r.uvarint()
-		if n > uint64(len(r.s)/2) {
-			return fmt.Errorf("%d xattrs", n)
-		}
 		e.Xattrs = make(map[string]string, n)
 		for range n {
 			name := r.string()
-			e.Xattrs[strings.Clone(name)] = strings.Clone(r.string())
+			e.Xattrs[name] = r.string()
 		}
 	}
-	switch {
-	case flags&hasSHA256 != 0:
-		raw := r.bytes(32)
-		var text [71]byte
-		copy(text[:], "sha256:")
-		hex.Encode(text[7:], []byte(raw))
-		e.Digest = digest.Digest(text[:])
-	case flags&hasDigest != 0:
-		e.Digest = digest.Digest(r.string())
+	marks := r.byte()
+	e.Opaque = marks&isOpaque != 0
+	if marks&isHardLink != 0 {
+		e.HardLink = r.string()
 	}
-	e.Offset = -1
-	if flags&hasOffset != 0 {
-		e.Offset = r.length()
-	}
-	e.Opaque = flags&isOpaque != 0
-	switch {
-	case r.bad:
-		return errors.New("truncated or a number out of range")
-	case e.Mode > 0o7777:
-		return fmt.Errorf("%q: mode %o", e.Path, e.Mode)
-	case e.Opaque && e.Type != Dir:
-		return fmt.Errorf("%q: opaque but no directory", e.Path)
-	}
-	return nil
+	zigzag := r.uvarint()
+	e.ModTime = int64(zigzag>>1) ^ -int64(zigzag&1)
+	e.Offset = int64(r.uvarint()) - 1
+}
+
+func hexDigest(raw string) digest.Digest {
+	text := make([]byte, 7, 71)
+	copy(text, "sha256:")
+	text = hex.AppendEncode(text, unsafe.Slice(unsafe.StringData(raw), len(raw)))
+	return digest.Digest(unsafe.String(unsafe.SliceData(text), len(text)))
 }

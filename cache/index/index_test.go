@@ -3,6 +3,7 @@
 package index
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -142,11 +143,15 @@ func TestEncodeRoundTrip(t *testing.T) {
 
 // FuzzDecode feeds bytes past the checksum, which would otherwise stop nearly everything.
 func FuzzDecode(f *testing.F) {
-	x := New([]Entry{file("a/b", "x"), link("c", "d"), {Path: "w", Type: Whiteout, Offset: -1},
-		{Path: "x", Type: File, HardLink: "a/b", Xattrs: map[string]string{"k": "v"}, Offset: 512}})
+	x := New([]Entry{
+		file("a/b", "x"), link("c", "d"),
+		{Path: "w", Type: Whiteout, Offset: -1},
+		{Path: "x", Type: File, HardLink: "a/b", Xattrs: map[string]string{"k": "v"}, Offset: 512},
+	})
 	enc := x.Encode()
 	f.Add(string(enc[len(magic) : len(enc)-32]))
 	f.Add("")
+	f.Add("\x01\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00")
 	f.Add("\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
 	f.Fuzz(func(t *testing.T, body string) {
 		x, err := decodeBody(body)
@@ -160,6 +165,11 @@ func FuzzDecode(f *testing.F) {
 		if diff := cmp.Diff(slices.Collect(x.All()), slices.Collect(again.All())); diff != "" {
 			t.Fatal(diff)
 		}
+		if anew, err := NewChecked(slices.Collect(x.All())); err != nil || !bytes.Equal(anew.Encode(), x.Encode()) {
+			t.Fatalf("the same entries are encoded in two ways (%v)", err)
+		}
+		x.Digest()
+		_, _ = Digest(Merge(x, again), "")
 		for e := range x.All() {
 			if got, ok := x.Lookup(e.Path); !ok || got.Path != e.Path {
 				t.Fatalf("%q is not found", e.Path)
@@ -338,6 +348,9 @@ func drawLayer(t *rapid.T, n int) *Index {
 		}
 		e := Entry{Path: path, Mode: uint32(n*64 + i), Offset: -1}
 		e.Type = rapid.SampledFrom([]Type{Dir, Dir, File, Whiteout}).Draw(t, "type")
+		if e.Type == File {
+			e.Digest = digest.FromString(path)
+		}
 		e.Opaque = e.Type == Dir && rapid.IntRange(0, 3).Draw(t, "opaque") == 0
 		ok := have[path] == 0
 		for p := Parent(path); ok; p = Parent(p) {
@@ -360,6 +373,28 @@ func drawLayer(t *rapid.T, n int) *Index {
 		t.Fatal(err)
 	}
 	return x
+}
+
+// treeOnly hides that a View knows a shorter way to its digest.
+type treeOnly struct{ Tree }
+
+func checkDigests(t *rapid.T, v *View, want map[string]Entry) {
+	for path, e := range want {
+		short, err := Digest(v, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if plain, err := Digest(treeOnly{v}, path); err != nil || plain != short {
+			t.Fatalf("Digest(%q) of %v = %s, by definition %s, %v", path, e, short, plain, err)
+		}
+	}
+	// The same files in one layer.
+	flat := New(slices.Collect(maps.Values(want)))
+	a, aerr := Digest(Merge(flat), "")
+	b, berr := Digest(v, "")
+	if a != b || aerr != nil || berr != nil {
+		t.Fatalf("digest %s in one layer, %s in several (%v, %v)", a, b, aerr, berr)
+	}
 }
 
 func TestViewIsWhatOverlayShows(t *testing.T) {
@@ -388,6 +423,7 @@ func TestViewIsWhatOverlayShows(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Fatal(diff)
 		}
+		checkDigests(t, v, want)
 		for _, path := range []string{"a", "b", "a-", "a/a", "a/b", "a-/a", "a/a/a", "b/a/b", "a/a-/b"} {
 			e, ok := v.Lookup(path)
 			if w, wok := want[path]; ok != wok || !cmp.Equal(e, w) {

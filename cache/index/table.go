@@ -4,31 +4,47 @@ package index
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
+	"hash/maphash"
 	"iter"
+	"math/bits"
 	"slices"
 	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/opencontainers/go-digest"
 )
 
 // Index is the table of contents of one layer. It always has its root, and the parent of every entry, as
 // directories. It is immutable and safe for concurrent use.
+//
+// In memory it is what it is in its file (see encode.go), with a table of where each entry begins, of the shape of the
+// tree, and of the paths by hash. An Entry is decoded when somebody asks for it.
 type Index struct {
-	entries []Entry
-	nodes   []node // beside entries
+	data  string // the entries, encoded
+	nodes []node // one for each
+	dirs  int    // how many of them are directories
+	// unhashed says that some file has no Digest.
+	unhashed bool
+
+	pathsOnce sync.Once // made for the first look-up: to load an index must not cost that
+	paths     hashTable
 
 	digestOnce sync.Once
 	digest     digest.Digest
+	merkleOnce sync.Once
+	merkles    [][sha256.Size]byte // of each directory, by node.dir
 }
 
 // node holds what makes an entry's place in the tree cheap to ask for.
 type node struct {
-	parent int32 // position of the parent; the root is its own
-	end    int32 // position after the last entry of the subtree
-	shadow bool  // this directory or one above it is opaque: nothing below this layer shows through
+	off    uint32 // where the entry begins in Index.data
+	parent int32  // position of the parent; the root is its own
+	end    int32  // position after the last entry of the subtree
+	dir    int32  // number of this directory among the directories; -1 for anything else
+	// shadow says that this directory or one above it is opaque: nothing below this layer shows through.
+	shadow bool
 }
 
 // New makes an index of entries, which need no order and now belong to the index. Of two entries with one path
@@ -91,16 +107,14 @@ func build(entries []Entry, strict bool) (*Index, error) {
 			return nil, fmt.Errorf("path %q appears twice", e.Path)
 		}
 	}
-	x := &Index{}
-	if complete(entries) {
-		x.entries = entries
-	} else {
-		x.entries = addParents(entries)
+	if !complete(entries) {
+		entries = addParents(entries)
 	}
-	if err := x.link(); err != nil {
-		return nil, err
+	buf := make([]byte, 0, 64+len(entries)*112)
+	for i := range entries {
+		buf = appendEntry(buf, &entries[i])
 	}
-	return x, nil
+	return scan(unsafe.String(unsafe.SliceData(buf), len(buf)), len(entries))
 }
 
 // complete says that the sorted entries have no duplicates and start with the root, and that each one's parent is
@@ -156,34 +170,6 @@ func addParents(entries []Entry) []Entry {
 	return out
 }
 
-// link fills in nodes.
-func (x *Index) link() error {
-	x.nodes = make([]node, len(x.entries))
-	var stack []int32
-	for i := range x.entries {
-		e := &x.entries[i]
-		for len(stack) > 0 && !Within(e.Path, x.entries[stack[len(stack)-1]].Path) {
-			x.nodes[stack[len(stack)-1]].end = int32(i)
-			stack = stack[:len(stack)-1]
-		}
-		n := &x.nodes[i]
-		if len(stack) > 0 {
-			n.parent = stack[len(stack)-1]
-			if p := &x.entries[n.parent]; p.Type != Dir {
-				return fmt.Errorf("path %q: %q is not a directory", e.Path, p.Path)
-			}
-		} else if e.Type != Dir {
-			return fmt.Errorf("the root is not a directory")
-		}
-		n.shadow = x.nodes[n.parent].shadow || e.Type == Dir && e.Opaque
-		stack = append(stack, int32(i))
-	}
-	for _, i := range stack {
-		x.nodes[i].end = int32(len(x.entries))
-	}
-	return nil
-}
-
 // Join puts a name behind a directory's path.
 func Join(dir, name string) string {
 	switch {
@@ -201,56 +187,36 @@ func Base(path string) string {
 }
 
 // Len returns the number of entries, the root included.
-func (x *Index) Len() int { return len(x.entries) }
+func (x *Index) Len() int { return len(x.nodes) }
 
 // At returns entry number i in Compare order.
-func (x *Index) At(i int) Entry { return x.entries[i] }
+func (x *Index) At(i int) Entry {
+	var e Entry
+	x.record(i).entry(&e)
+	return e
+}
+
+// Path returns the path of entry number i. It costs less than At.
+func (x *Index) Path(i int) string { return x.record(i).path() }
+
+// IsDir says whether entry number i is a directory. It costs less than At.
+func (x *Index) IsDir(i int) bool { return x.nodes[i].dir >= 0 }
 
 // All yields every entry in Compare order, whiteouts included. The root is first.
 func (x *Index) All() iter.Seq[Entry] {
 	return func(yield func(Entry) bool) {
-		for i := range x.entries {
-			if !yield(x.entries[i]) {
+		for i := range x.nodes {
+			if !yield(x.At(i)) {
 				return
 			}
 		}
 	}
 }
 
-// search returns the position of path, or where it would be.
-func (x *Index) search(path string) (int, bool) {
-	lo, hi := 0, len(x.entries)
-	for lo < hi {
-		mid := int(uint(lo+hi) >> 1)
-		switch c := Compare(x.entries[mid].Path, path); {
-		case c == 0:
-			return mid, true
-		case c < 0:
-			lo = mid + 1
-		default:
-			hi = mid
-		}
-	}
-	return lo, false
-}
-
-// deepest returns the position of path if it is there, otherwise of the last of its ancestors that is.
-func (x *Index) deepest(path string) (int, bool) {
-	i, ok := x.search(path)
-	if ok {
-		return i, true
-	}
-	// What lies between an ancestor and path in order is inside that ancestor, so the entry before path is too.
-	for i--; i > 0 && !Within(path, x.entries[i].Path); {
-		i = int(x.nodes[i].parent)
-	}
-	return i, false
-}
-
 // Lookup returns the entry at path. It may be a whiteout.
 func (x *Index) Lookup(path string) (Entry, bool) {
-	if i, ok := x.search(path); ok {
-		return x.entries[i], true
+	if i, ok := x.Pos(path); ok {
+		return x.At(i), true
 	}
 	return Entry{}, false
 }
@@ -258,13 +224,13 @@ func (x *Index) Lookup(path string) (Entry, bool) {
 // ReadDir returns what this layer has in the directory at path, by name, whiteouts included; nil if it has no
 // such directory.
 func (x *Index) ReadDir(path string) []Entry {
-	i, ok := x.search(path)
-	if !ok || x.entries[i].Type != Dir {
+	i, ok := x.Pos(path)
+	if !ok || x.nodes[i].dir < 0 {
 		return nil
 	}
 	out := make([]Entry, 0, 8)
-	for j := i + 1; j < int(x.nodes[i].end); j = int(x.nodes[j].end) {
-		out = append(out, x.entries[j])
+	for j := range x.Children(i) {
+		out = append(out, x.At(j))
 	}
 	return out
 }
@@ -275,17 +241,9 @@ func (x *Index) ReadDir(path string) []Entry {
 func (x *Index) Digest() digest.Digest {
 	x.digestOnce.Do(func() {
 		h := sha256.New()
-		buf := append(make([]byte, 0, 64<<10), "slipway layer content 1\n"...)
-		for i := range x.entries {
-			e := &x.entries[i]
-			buf = appendString(buf, e.Path)
-			buf = appendContent(buf, e)
-			buf = appendString(buf, e.HardLink)
-			if e.Opaque {
-				buf = append(buf, 1)
-			} else {
-				buf = append(buf, 0)
-			}
+		buf := append(make([]byte, 0, 64<<10), "slipway layer content 2\n"...)
+		for i := range x.nodes {
+			buf = append(buf, x.record(i).identity()...)
 			if len(buf) > 60<<10 {
 				h.Write(buf)
 				buf = buf[:0]
@@ -297,47 +255,26 @@ func (x *Index) Digest() digest.Digest {
 	return x.digest
 }
 
-// appendContent appends what counts as content of e besides its place: type, mode, owner, size, device, symlink
-// target, xattrs, digest. Every part has a length or a fixed place, so different entries never look the same.
-func appendContent(buf []byte, e *Entry) []byte {
-	buf = append(buf, byte(e.Type))
-	buf = binary.AppendUvarint(buf, uint64(e.Mode))
-	buf = binary.AppendUvarint(buf, uint64(e.UID))
-	buf = binary.AppendUvarint(buf, uint64(e.GID))
-	buf = binary.AppendUvarint(buf, uint64(e.Size))
-	buf = binary.AppendUvarint(buf, uint64(e.Major))
-	buf = binary.AppendUvarint(buf, uint64(e.Minor))
-	buf = appendString(buf, e.Target)
-	buf = appendXattrs(buf, e.Xattrs)
-	return appendString(buf, string(e.Digest))
-}
-
-func appendString(buf []byte, s string) []byte {
-	buf = binary.AppendUvarint(buf, uint64(len(s)))
-	return append(buf, s...)
-}
-
-func appendXattrs(buf []byte, xattrs map[string]string) []byte {
-	buf = binary.AppendUvarint(buf, uint64(len(xattrs)))
-	if len(xattrs) == 0 {
-		return buf
-	}
-	names := make([]string, 0, len(xattrs))
-	for name := range xattrs {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		buf = appendString(buf, name)
-		buf = appendString(buf, xattrs[name])
-	}
-	return buf
-}
-
 // Pos returns the number of the entry at path, as At takes it.
-func (x *Index) Pos(path string) (int, bool) {
-	i, ok := x.search(path)
-	return i, ok
+func (x *Index) Pos(path string) (int, bool) { return x.pos(hashPath(path), path) }
+
+// pos is Pos for a path whose hash is known.
+func (x *Index) pos(hash uint64, path string) (int, bool) {
+	x.pathsOnce.Do(func() {
+		x.paths = newHashTable(len(x.nodes))
+		for i := range x.nodes {
+			x.paths.put(hashPath(x.Path(i)), i)
+		}
+	})
+	for slot := x.paths.first(hash); ; slot = x.paths.next(slot) {
+		i, ok := x.paths.at(slot, hash)
+		if i < 0 {
+			return 0, false
+		}
+		if ok && x.record(i).path() == path {
+			return i, true
+		}
+	}
 }
 
 // ParentPos returns the number of the directory that holds entry i; that of the root is 0, itself.
@@ -352,4 +289,31 @@ func (x *Index) Children(i int) iter.Seq[int] {
 			}
 		}
 	}
+}
+
+// hashTable finds the position of a path by its hash: open addressing, at most half full. A slot has the upper half of
+// the hash and the position + 1; 0 is free. Most paths that are not there cost one look into it.
+type hashTable []uint64
+
+var hashSeed = maphash.MakeSeed()
+
+func hashPath(path string) uint64 { return maphash.String(hashSeed, path) }
+
+func newHashTable(n int) hashTable { return make(hashTable, 1<<bits.Len(uint(2*n))) }
+
+func (t hashTable) first(hash uint64) int { return int(hash & uint64(len(t)-1)) }
+func (t hashTable) next(slot int) int     { return (slot + 1) & (len(t) - 1) }
+
+// at returns the position in a slot, -1 when it is free, and whether it may be the path with this hash.
+func (t hashTable) at(slot int, hash uint64) (pos int, ok bool) {
+	v := t[slot]
+	return int(uint32(v)) - 1, v>>32 == hash>>32
+}
+
+func (t hashTable) put(hash uint64, pos int) {
+	slot := t.first(hash)
+	for t[slot] != 0 {
+		slot = t.next(slot)
+	}
+	t[slot] = hash>>32<<32 | uint64(pos+1)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -93,8 +94,15 @@ func walk(t Tree, e Entry, fn func(Entry) error) error {
 // Digest returns the Merkle digest of the tree at path: names below path (not its own), types, modes, owners,
 // sizes, symlink targets, devices, xattrs and bytes; not modification times, and not which names are hard links of
 // each other. Symlinks are not followed. A missing path is an error that wraps fs.ErrNotExist; a file without a
-// Digest is an error.
+// Digest is an error. Of a View it costs little more than a look at the directories that several layers have.
 func Digest(t Tree, path string) (digest.Digest, error) {
+	if v, ok := t.(interface {
+		digestOf(path string) ([sha256.Size]byte, bool)
+	}); ok {
+		if sum, ok := v.digestOf(path); ok {
+			return digest.NewDigestFromBytes(digest.SHA256, sum[:]), nil
+		}
+	}
 	e, ok := t.Lookup(path)
 	if !ok {
 		return "", fmt.Errorf("digest %q: %w", path, fs.ErrNotExist)
@@ -106,6 +114,8 @@ func Digest(t Tree, path string) (digest.Digest, error) {
 	return digest.NewDigestFromBytes(digest.SHA256, sum[:]), nil
 }
 
+// merkle is the definition: the hash of a directory covers its own content and, for each name in it, the name and the
+// content, or the hash of a directory. Index.merkle and View.merkle come to the same by shorter ways.
 func merkle(t Tree, e *Entry) ([sha256.Size]byte, error) {
 	if e.Type == File && e.Digest == "" {
 		return [sha256.Size]byte{}, fmt.Errorf("file %q has not been hashed", e.Path)
@@ -114,13 +124,49 @@ func merkle(t Tree, e *Entry) ([sha256.Size]byte, error) {
 	buf := appendContent(small[:0], e)
 	if e.Type == Dir {
 		for _, child := range t.ReadDir(e.Path) {
-			sum, err := merkle(t, &child)
-			if err != nil {
-				return sum, err
-			}
 			buf = appendString(buf, Base(child.Path))
-			buf = append(buf, sum[:]...)
+			if child.Type == Dir {
+				sum, err := merkle(t, &child)
+				if err != nil {
+					return sum, err
+				}
+				buf = append(append(buf, byte(Dir)), sum[:]...)
+				continue
+			}
+			if child.Type == File && child.Digest == "" {
+				return [sha256.Size]byte{}, fmt.Errorf("file %q has not been hashed", child.Path)
+			}
+			buf = appendContent(buf, &child)
 		}
 	}
 	return sha256.Sum256(buf), nil
+}
+
+// merkle returns the hash of the directory at position i as the layer alone shows it, without whiteouts. It must not
+// be asked of an index with unhashed files.
+func (x *Index) merkle(i int) *[sha256.Size]byte {
+	x.merkleOnce.Do(func() {
+		x.merkles = make([][sha256.Size]byte, x.dirs)
+		var buf []byte
+		// Backwards, so that what is in a directory comes before it.
+		for i, n := range slices.Backward(x.nodes) {
+			if n.dir < 0 {
+				continue
+			}
+			buf = append(buf[:0], x.record(i).content()...)
+			for j := i + 1; j < int(n.end); j = int(x.nodes[j].end) {
+				r := x.record(j)
+				name := Base(r.path())
+				if d := x.nodes[j].dir; d >= 0 {
+					buf = appendString(buf, name)
+					buf = append(append(buf, byte(Dir)), x.merkles[d][:]...)
+				} else if r.typ() != Whiteout {
+					buf = appendString(buf, name)
+					buf = append(buf, r.content()...)
+				}
+			}
+			x.merkles[n.dir] = sha256.Sum256(buf)
+		}
+	})
+	return &x.merkles[x.nodes[i].dir]
 }

@@ -3,8 +3,10 @@
 package index
 
 import (
+	"crypto/sha256"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // Tree is read access to a whole file tree. It shows no whiteouts and no opaque marks.
@@ -21,6 +23,9 @@ type Tree interface {
 // HardLink is only set on an entry when the name it points to is visible too, as the same file.
 type View struct {
 	layers []*Index // lowest first
+
+	mu    sync.RWMutex // guards known
+	known map[string][]place
 }
 
 // Merge returns the view of a stack of layers, lowest first. Without layers it is an empty root directory.
@@ -37,7 +42,7 @@ func (v *View) Lookup(path string) (Entry, bool) {
 		}
 		return Entry{}, false
 	}
-	return v.clean(layer, v.layers[layer].entries[i]), true
+	return v.clean(layer, v.layers[layer].At(i)), true
 }
 
 // Layer returns which layer the visible entry at path comes from: for a directory that several layers have, the
@@ -47,16 +52,16 @@ func (v *View) Layer(path string) (i int, ok bool) {
 	return layer, ok
 }
 
-// find goes down the layers until one has path or hides it from those below.
+// find goes down the layers that have the parent of path until one has path itself.
 func (v *View) find(path string) (layer, pos int, ok bool) {
-	for layer := len(v.layers) - 1; layer >= 0; layer-- {
-		x := v.layers[layer]
-		i, found := x.deepest(path)
-		if found {
-			return layer, i, x.entries[i].Type != Whiteout
-		}
-		if x.entries[i].Type != Dir || x.nodes[i].shadow {
-			break
+	if path == "" {
+		return len(v.layers) - 1, 0, len(v.layers) > 0
+	}
+	hash := hashPath(path)
+	for _, d := range v.directory(Parent(path)) {
+		x := v.layers[d.layer]
+		if i, found := x.pos(hash, path); found {
+			return d.layer, i, x.record(i).typ() != Whiteout
 		}
 	}
 	return -1, 0, false
@@ -73,48 +78,164 @@ func (v *View) clean(layer int, e Entry) Entry {
 	return e
 }
 
-// ReadDir returns what the directory at path shows.
-func (v *View) ReadDir(path string) []Entry {
-	type child struct {
-		layer int
-		entry *Entry
+// place is an entry of one of the layers.
+type place struct{ layer, pos int }
+
+// maxKnown bounds the directories that a view remembers.
+const maxKnown = 1 << 16
+
+// directory returns the directories that show at path together, highest first; nil if there is none. Only the layers
+// that have a part of the parent are asked, and the answer is remembered: of many layers, few have any one directory.
+func (v *View) directory(path string) []place {
+	v.mu.RLock()
+	dirs, ok := v.known[path]
+	v.mu.RUnlock()
+	if ok {
+		return dirs
 	}
-	var children []child // of all layers, highest layer first
-	layers := 0
-	isDir := false
-	for layer := len(v.layers) - 1; layer >= 0; layer-- {
-		x := v.layers[layer]
-		i, found := x.deepest(path)
-		if x.entries[i].Type != Dir {
-			break // a whiteout or a file: it hides what is below, and is not merged with directories above
-		}
-		if found {
-			isDir = true
-			layers++
-			for j := i + 1; j < int(x.nodes[i].end); j = int(x.nodes[j].end) {
-				children = append(children, child{layer, &x.entries[j]})
+	if path == "" {
+		for layer, x := range slices.Backward(v.layers) {
+			dirs = append(dirs, place{layer, 0})
+			if x.nodes[0].shadow {
+				break
 			}
 		}
-		if x.nodes[i].shadow {
-			break
+	} else {
+		parent := v.directory(Parent(path))
+		if parent == nil {
+			return nil
+		}
+		hash := hashPath(path)
+		for _, d := range parent {
+			x := v.layers[d.layer]
+			i, found := x.pos(hash, path)
+			if !found {
+				continue
+			}
+			if x.nodes[i].dir < 0 {
+				break // a whiteout or a file: it hides what is below, and is not merged with directories above
+			}
+			dirs = append(dirs, place{d.layer, i})
+			if x.nodes[i].shadow {
+				break
+			}
 		}
 	}
-	if !isDir {
+	if dirs != nil {
+		v.mu.Lock()
+		if v.known == nil || len(v.known) >= maxKnown {
+			v.known = map[string][]place{}
+		}
+		v.known[path] = dirs
+		v.mu.Unlock()
+	}
+	return dirs
+}
+
+// child is a name that a directory of several layers shows.
+type child struct {
+	place
+	name string
+}
+
+// children returns what dirs, which show together, have in them: by name, and of equal names the highest first.
+func (v *View) children(dirs []place) []child {
+	var out []child
+	for _, d := range dirs {
+		x := v.layers[d.layer]
+		prefix := len(x.Path(d.pos))
+		if prefix > 0 {
+			prefix++
+		}
+		for j := range x.Children(d.pos) {
+			out = append(out, child{place{d.layer, j}, x.Path(j)[prefix:]})
+		}
+	}
+	if len(dirs) > 1 {
+		slices.SortFunc(out, func(a, b child) int {
+			if c := strings.Compare(a.name, b.name); c != 0 {
+				return c
+			}
+			return b.layer - a.layer
+		})
+	}
+	return out
+}
+
+// ReadDir returns what the directory at path shows.
+func (v *View) ReadDir(path string) []Entry {
+	dirs := v.directory(path)
+	if dirs == nil {
 		if path == "" {
 			return []Entry{}
 		}
 		return nil
 	}
-	if layers > 1 {
-		// Stable, so that of equal names the highest layer's comes first.
-		slices.SortStableFunc(children, func(a, b child) int { return strings.Compare(a.entry.Path, b.entry.Path) })
-	}
+	children := v.children(dirs)
 	out := make([]Entry, 0, len(children))
 	for i, c := range children {
-		if i > 0 && children[i-1].entry.Path == c.entry.Path || c.entry.Type == Whiteout {
+		if i > 0 && children[i-1].name == c.name {
 			continue
 		}
-		out = append(out, v.clean(c.layer, *c.entry))
+		if e := v.layers[c.layer].At(c.pos); e.Type != Whiteout {
+			out = append(out, v.clean(c.layer, e))
+		}
 	}
 	return out
+}
+
+// digestOf returns the Merkle hash of the directory at path. It is not ok if there is none, or if files are not hashed.
+func (v *View) digestOf(path string) (sum [sha256.Size]byte, ok bool) {
+	for _, x := range v.layers {
+		if x.unhashed {
+			return sum, false
+		}
+	}
+	dirs := v.directory(path)
+	if dirs == nil {
+		return sum, false
+	}
+	return v.merkle(dirs), true
+}
+
+// merkle returns the hash of what dirs show together.
+func (v *View) merkle(dirs []place) [sha256.Size]byte {
+	top := v.layers[dirs[0].layer]
+	if len(dirs) == 1 {
+		return *top.merkle(dirs[0].pos)
+	}
+	buf := append(make([]byte, 0, 4096), top.record(dirs[0].pos).content()...)
+	children := v.children(dirs)
+	var below []place
+	for len(children) > 0 {
+		same := 1
+		for same < len(children) && children[same].name == children[0].name {
+			same++
+		}
+		c := children[0]
+		x := v.layers[c.layer]
+		switch r := x.record(c.pos); r.typ() {
+		case Whiteout:
+		case Dir:
+			below = below[:0]
+			for _, c := range children[:same] {
+				n := v.layers[c.layer].nodes[c.pos]
+				if n.dir < 0 {
+					break
+				}
+				below = append(below, c.place)
+				if n.shadow {
+					break
+				}
+			}
+			sum := v.merkle(slices.Clone(below))
+			buf = appendString(buf, c.name)
+			buf = append(append(buf, byte(Dir)), sum[:]...)
+		default:
+			buf = appendString(buf, c.name)
+			buf = append(buf, r.content()...)
+		}
+		children = children[same:]
+	}
+	return sha256.Sum256(buf)
 }

@@ -487,7 +487,7 @@ func (s *Store) commitTar(ctx context.Context, id ID, items []tarItem, writeRoot
 		}
 	}()
 	m := &meta{ID: id, Tar: true}
-	m.TarSize, m.DiffID, err = writeTar(ctx, tmp+"/"+tarFile, items, writeRoot)
+	m.TarSize, m.DiffID, err = writeTar(ctx, s.fs, tmp+"/"+tarFile, items, writeRoot)
 	if err != nil {
 		return "", err
 	}
@@ -512,7 +512,7 @@ func (s *Store) finishTar(tmp string, m *meta, x *index.Index) error {
 	m.Content = x.Digest()
 	// Synced together, they cost about one commit of the file system's journal.
 	steps := []func() error{
-		func() error { return writeFile(tmp+"/"+indexFile, x.Encode(), true) },
+		func() error { return s.writeFile(tmp+"/"+indexFile, x.Encode(), true) },
 	}
 	if !s.opt.NoEROFS && !m.Tree {
 		img, err := encodeEROFS(x, m.TarSize)
@@ -521,7 +521,7 @@ func (s *Store) finishTar(tmp string, m *meta, x *index.Index) error {
 			return err
 		}
 		if err == nil {
-			steps = append(steps, func() error { return writeFile(tmp+"/"+erofsFile, img, true) })
+			steps = append(steps, func() error { return s.writeFile(tmp+"/"+erofsFile, img, true) })
 		}
 	}
 	errs := make([]error, len(steps))
@@ -534,13 +534,14 @@ func (s *Store) finishTar(tmp string, m *meta, x *index.Index) error {
 		return err
 	}
 	m.Size += diskUsage(tmp)
-	return writeMeta(tmp+"/"+infoFile, m, true)
+	return s.writeMeta(tmp+"/"+infoFile, m, true)
 }
 
 // heldLayer is a layer that is only in memory, until someone needs it on disk.
 type heldLayer struct {
 	index     *index.Index
-	items     []tarItem
+	items     []tarItem // beside the index's entries; nil when openPath opens them
+	openPath  func(path string) (io.ReadCloser, error)
 	writeRoot bool
 }
 
@@ -552,8 +553,14 @@ func (h *heldLayer) open(path string) (io.ReadCloser, error) {
 	if e.HardLink != "" {
 		path = e.HardLink
 	}
-	i, _ := h.index.Pos(path)
-	return (&draftFile{entry: e, open: h.items[i].open}).reader()
+	f := draftFile{entry: e}
+	if h.openPath != nil {
+		f.open = func() (io.ReadCloser, error) { return h.openPath(path) }
+	} else {
+		i, _ := h.index.Pos(path)
+		f.open = h.items[i].open
+	}
+	return f.reader()
 }
 
 // Hold keeps the layer in memory only, under an ID made from its content. Index, Stat and OpenFile work at once;
@@ -612,7 +619,7 @@ func (s *Store) ensure(ctx context.Context, id ID) error {
 	if h == nil {
 		return fmt.Errorf("layer %s: %w", id, ErrNotFound)
 	}
-	if _, err := s.commitTar(ctx, id, slices.Clone(h.items), h.writeRoot); err != nil {
+	if _, err := s.commitTar(ctx, id, h.tarItems(), h.writeRoot); err != nil {
 		return fmt.Errorf("write layer %s: %w", id, err)
 	}
 	s.mu.Lock()

@@ -17,9 +17,11 @@
 //	mnt/<id>          where the tar form is mounted
 //	uppers/<random>   upper and work directories of running steps
 //	tmp/<random>      layers being written or deleted; emptied by Open
+//	synced            which committed trees are known to be on disk
 //
 // A layer becomes visible by the rename of its finished directory. The tar form is synced to disk before that. A
-// committed tree is not: whoever records it must either call Sync first or remember that it counts in this boot only.
+// committed tree is not: after a reboot it does not exist, unless Sync was called (durable.go). The order of all writes, and why it
+// is safe, is in docs/store.md.
 package layer
 
 import (
@@ -39,6 +41,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/index"
 )
 
@@ -81,6 +84,10 @@ type Options struct {
 	NoEROFS bool
 	// Log takes what is worth knowing but no error of any call. nil means slog.Default().
 	Log *slog.Logger
+	// FS is how the store writes; nil means fsys.OS.
+	FS fsys.FS
+	// BootID is the boot of the machine; "" asks the kernel.
+	BootID string
 }
 
 // Store is a directory of layers, used by one process at a time. Its methods may be called concurrently.
@@ -88,16 +95,23 @@ type Store struct {
 	dir string
 	opt Options
 	log *slog.Logger
+	fs  fsys.FS
 
 	probe func() StoreInfo
+	used  func(ID)          // see OnUse
+	added func(bytes int64) // see OnAdd
 
 	mu     sync.Mutex
 	metas  map[ID]*meta
 	held   map[ID]*heldLayer
 	mounts map[ID]string // where a layer in tar form is mounted
-	all    bool          // metas has every layer on disk
-	closed bool
+	// treeUses counts, for a layer in tree form, the Mounts without their Unmount.
+	treeUses map[ID]int
+	all      bool // metas has every layer on disk
+	gone     int  // deletions so far
+	closed   bool
 
+	boot    boot
 	indexes indexCache
 	locks   idLocks        // one mount, pack, write or deletion of a layer at a time
 	work    sync.WaitGroup // deletions in the background
@@ -117,6 +131,9 @@ type meta struct {
 	// Below is what the layers below answered while the tar was read: the same tar over other answers makes
 	// another layer. See belowReader.
 	Below map[string]string `json:"below,omitempty"`
+	// Boot and Number are set while the layer, but for its tar, may not be on disk yet: see durable.go.
+	Boot   string `json:"boot,omitempty"`
+	Number uint64 `json:"number,omitempty"`
 }
 
 func (m *meta) info() Info {
@@ -143,15 +160,21 @@ func Open(dir string, opt Options) (*Store, error) {
 		return nil, fmt.Errorf("layer store: %w", err)
 	}
 	s := &Store{
-		dir: dir, opt: opt, log: opt.Log,
-		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{},
+		dir: dir, opt: opt, log: opt.Log, fs: opt.FS,
+		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{}, treeUses: map[ID]int{},
 	}
 	if s.log == nil {
 		s.log = slog.Default()
 	}
+	if s.fs == nil {
+		s.fs = fsys.OS
+	}
 	s.probe = sync.OnceValue(s.probeEROFS)
 	s.indexes.limit = 1 << 19
 	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("layer store: %w", err)
+	}
+	if err := s.openBoot(); err != nil {
 		return nil, fmt.Errorf("layer store: %w", err)
 	}
 	// Mounts first: a sweep must never reach into one.
@@ -193,7 +216,7 @@ func (s *Store) sweep(sub string) error {
 // removeAll removes a directory tree in the background. Close waits for it.
 func (s *Store) removeAll(path string) {
 	s.work.Go(func() {
-		if err := os.RemoveAll(path); err != nil {
+		if err := s.fs.RemoveAll(path); err != nil {
 			s.log.Warn("layer store: remove", "path", path, "err", err)
 		}
 	})
@@ -213,20 +236,8 @@ func (s *Store) Close() error {
 		}
 	}
 	s.work.Wait()
+	errs = append(errs, s.boot.close())
 	return errors.Join(errs...)
-}
-
-// Sync makes everything written so far durable, committed trees included (syncfs).
-func (s *Store) Sync(ctx context.Context) error {
-	f, err := os.Open(s.dir)
-	if err != nil {
-		return fmt.Errorf("layer store: sync: %w", err)
-	}
-	defer f.Close()
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		return fmt.Errorf("layer store: sync: %w", err)
-	}
-	return nil
 }
 
 // valid says whether id has the form of an ID: only those ever become part of a path.
@@ -246,13 +257,13 @@ func (s *Store) path(id ID, name string) string {
 	return filepath.Join(s.dir, string(id), name)
 }
 
-// meta returns what info.json of a layer on disk says. A layer whose info cannot be read does not exist.
-func (s *Store) meta(id ID) (*meta, error) {
+// load returns what info.json of a layer on disk says. A layer whose info cannot be read does not exist.
+func (s *Store) load(id ID) (*meta, error) {
 	if !id.valid() {
 		return nil, fmt.Errorf("layer %q: %w", id, ErrNotFound)
 	}
 	s.mu.Lock()
-	m := s.metas[id]
+	m, gone := s.metas[id], s.gone
 	s.mu.Unlock()
 	if m != nil {
 		return m, nil
@@ -269,10 +280,23 @@ func (s *Store) meta(id ID) (*meta, error) {
 		s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
 		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
 	}
+	if !s.boot.trusts(m) {
+		if !m.Tar {
+			s.log.Info("layer store: a layer that was not on disk when the machine went down counts as missing", "layer", id)
+			return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
+		}
+		m.Tree = false
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if have := s.metas[id]; have != nil {
 		return have, nil
+	}
+	if s.gone != gone {
+		// What was read may have been deleted meanwhile.
+		if _, err := os.Lstat(s.path(id, infoFile)); err != nil {
+			return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
+		}
 	}
 	s.metas[id] = m
 	return m, nil
@@ -316,7 +340,7 @@ func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 	}
 	x, err := index.Decode(b)
 	if err != nil {
-		return nil, fmt.Errorf("layer %s: %w", id, err)
+		return nil, fmt.Errorf("layer %s: %w: stop the engine and run `slipway cache fsck --repair`, which makes room for it to be built again", id, err)
 	}
 	s.indexes.put(id, x)
 	return x, nil
@@ -345,6 +369,11 @@ func (s *Store) OpenFile(ctx context.Context, id ID, path string) (io.ReadCloser
 		return io.NopCloser(eof{}), nil
 	case m.Tree:
 		root, err := os.OpenRoot(s.path(id, treeDir))
+		if errors.Is(err, os.ErrNotExist) {
+			if now, merr := s.meta(id); merr == nil && !now.Tree { // the tree has gone a moment ago
+				return s.OpenFile(ctx, id, path)
+			}
+		}
 		if err != nil {
 			return nil, fmt.Errorf("layer %s: %w", id, err)
 		}
@@ -382,26 +411,13 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 		return nil
 	}
 	defer s.locks.lock(id)()
-	s.mu.Lock()
-	delete(s.held, id)
-	delete(s.metas, id)
-	mounted := s.mounts[id]
-	delete(s.mounts, id)
-	s.mu.Unlock()
-	s.indexes.drop(id)
-	if mounted != "" {
-		if err := unmount(mounted); err != nil {
-			return fmt.Errorf("delete layer %s: %w", id, err)
-		}
+	trash, _, err := s.vanish(id, func(ID) bool { return true })
+	if trash != "" {
+		s.removeAll(trash)
 	}
-	trash := s.tmpName()
-	if err := os.Rename(s.path(id, ""), trash); err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return nil
-		}
+	if err != nil {
 		return fmt.Errorf("delete layer %s: %w", id, err)
 	}
-	s.removeAll(trash)
 	return nil
 }
 
@@ -446,12 +462,13 @@ func (s *Store) loadAll() error {
 	}
 	for _, e := range entries {
 		if id := ID(e.Name()); id.valid() {
-			_, _ = s.meta(id) // an unreadable one has been logged
+			_, _ = s.load(id) // an unreadable one has been logged
 		}
 	}
 	s.mu.Lock()
 	s.all = true
 	s.mu.Unlock()
+	s.dropTrees()
 	return nil
 }
 
@@ -469,18 +486,20 @@ func randomName() string {
 // newTmp makes a directory for a layer to be put together in.
 func (s *Store) newTmp() (string, error) {
 	dir := s.tmpName()
-	return dir, os.Mkdir(dir, 0o700)
+	return dir, s.fs.Mkdir(dir, 0o700)
 }
 
 // install makes the layer in tmp visible under m.ID. If there is one of that ID already, tmp is dropped and that
 // one counts. durable says that the files have been synced and the rename must be too.
 func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error {
+	s.use(m.ID)
+	s.add(m.Size)
 	if durable {
-		if err := syncPath(tmp); err != nil {
+		if err := s.fs.Sync(tmp); err != nil {
 			return err
 		}
 	}
-	err := os.Rename(tmp, s.path(m.ID, ""))
+	err := s.fs.Rename(tmp, s.path(m.ID, ""))
 	if errors.Is(err, syscall.EEXIST) || errors.Is(err, syscall.ENOTEMPTY) {
 		if _, merr := s.meta(m.ID); merr == nil {
 			s.removeAll(tmp)
@@ -488,17 +507,17 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 		}
 		// What is there is damaged: out of the way with it.
 		trash := s.tmpName()
-		if err := os.Rename(s.path(m.ID, ""), trash); err != nil {
+		if err := s.fs.Rename(s.path(m.ID, ""), trash); err != nil {
 			return err
 		}
 		s.removeAll(trash)
-		err = os.Rename(tmp, s.path(m.ID, ""))
+		err = s.fs.Rename(tmp, s.path(m.ID, ""))
 	}
 	if err != nil {
 		return err
 	}
 	if durable {
-		if err := syncPath(s.dir); err != nil {
+		if err := s.fs.Sync(s.dir); err != nil {
 			return err
 		}
 	}
@@ -510,38 +529,16 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 }
 
 // writeFile writes a small file, synced if durable.
-func writeFile(path string, b []byte, durable bool) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := f.Write(b); err != nil {
-		return err
-	}
-	if durable {
-		if err := f.Sync(); err != nil {
-			return err
-		}
-	}
-	return f.Close()
+func (s *Store) writeFile(path string, b []byte, durable bool) error {
+	return fsys.WriteFile(s.fs, path, b, 0o600, durable)
 }
 
-func writeMeta(path string, m *meta, durable bool) error {
+func (s *Store) writeMeta(path string, m *meta, durable bool) error {
 	b, err := json.MarshalIndent(m, "", "\t")
 	if err != nil {
 		return err
 	}
-	return writeFile(path, append(b, '\n'), durable)
-}
-
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
+	return s.writeFile(path, append(b, '\n'), durable)
 }
 
 // diskUsage returns what the files right inside dir occupy.

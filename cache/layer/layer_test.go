@@ -800,21 +800,44 @@ func TestUnpackForeignTars(t *testing.T) {
 		entries []tarEntry
 		want    []string
 	}{
-		{"absolute and dots", []tarEntry{reg("/x/./a", "a"), reg("./x/../y/b", "b"), reg("/../../z", "a")},
-			[]string{"/ dir 755", "/x dir 755", "/x/a " + a, "/y dir 755", "/y/b " + b, "/z " + a}},
-		{"last wins", []tarEntry{reg("f", "a"), mkdir("d"), reg("d/x", "a"), reg("f", "b"), reg("d", "a")},
-			[]string{"/ dir 755", "/d " + a, "/f " + b}},
-		{"out of order", []tarEntry{reg("d/e/x", "a"), mkdir("d/e/"), mkdir("./")},
-			[]string{"/ dir 700", "/d dir 755", "/d/e dir 700", "/d/e/x " + a}},
-		{"first name sorts first", []tarEntry{reg("z", "a"), hardlink("b", "/z"), hardlink("c", "./b"), reg("z", "b")},
-			[]string{"/ dir 755", "/b " + a, "/c " + a + " = b", "/z " + b}},
-		{"through our symlinks", []tarEntry{symlinkTo("lib", "/usr/lib"), reg("lib/x", "a"), symlinkTo("up", "../../.."), reg("up/up/y", "b")},
-			[]string{"/ dir 755", "/lib -> /usr/lib", "/up -> ../../..", "/usr dir 755", "/usr/lib dir 755", "/usr/lib/x " + a, "/y " + b}},
-		{"whiteouts", []tarEntry{reg(".wh.f", ""), reg("d/.wh..wh..opq", ""), reg("d/x", "a"), reg("e/x", "a"), reg(".wh.e", ""), reg(".wh.g", ""), mkdir("g"),
-			reg(".wh..wh.plnk/1", ""), reg(".wh..wh.aufs", "")},
-			[]string{"/ dir 755", "/.wh..wh.plnk dir 755", "/.wh..wh.plnk/1 " + digest.FromString("").Encoded()[:4], "/d dir 755 opaque", "/d/x " + a, "/e dir 755 opaque", "/e/x " + a, "/g dir 700 opaque"}},
-		{"whiteout of nothing as a device", []tarEntry{{Header: tar.Header{Typeflag: tar.TypeChar, Name: "d/gone"}}},
-			[]string{"/ dir 755", "/d dir 755"}},
+		{
+			"absolute and dots",
+			[]tarEntry{reg("/x/./a", "a"), reg("./x/../y/b", "b"), reg("/../../z", "a")},
+			[]string{"/ dir 755", "/x dir 755", "/x/a " + a, "/y dir 755", "/y/b " + b, "/z " + a},
+		},
+		{
+			"last wins",
+			[]tarEntry{reg("f", "a"), mkdir("d"), reg("d/x", "a"), reg("f", "b"), reg("d", "a")},
+			[]string{"/ dir 755", "/d " + a, "/f " + b},
+		},
+		{
+			"out of order",
+			[]tarEntry{reg("d/e/x", "a"), mkdir("d/e/"), mkdir("./")},
+			[]string{"/ dir 700", "/d dir 755", "/d/e dir 700", "/d/e/x " + a},
+		},
+		{
+			"first name sorts first",
+			[]tarEntry{reg("z", "a"), hardlink("b", "/z"), hardlink("c", "./b"), reg("z", "b")},
+			[]string{"/ dir 755", "/b " + a, "/c " + a + " = b", "/z " + b},
+		},
+		{
+			"through our symlinks",
+			[]tarEntry{symlinkTo("lib", "/usr/lib"), reg("lib/x", "a"), symlinkTo("up", "../../.."), reg("up/up/y", "b")},
+			[]string{"/ dir 755", "/lib -> /usr/lib", "/up -> ../../..", "/usr dir 755", "/usr/lib dir 755", "/usr/lib/x " + a, "/y " + b},
+		},
+		{
+			"whiteouts",
+			[]tarEntry{
+				reg(".wh.f", ""), reg("d/.wh..wh..opq", ""), reg("d/x", "a"), reg("e/x", "a"), reg(".wh.e", ""), reg(".wh.g", ""), mkdir("g"),
+				reg(".wh..wh.plnk/1", ""), reg(".wh..wh.aufs", ""),
+			},
+			[]string{"/ dir 755", "/.wh..wh.plnk dir 755", "/.wh..wh.plnk/1 " + digest.FromString("").Encoded()[:4], "/d dir 755 opaque", "/d/x " + a, "/e dir 755 opaque", "/e/x " + a, "/g dir 700 opaque"},
+		},
+		{
+			"whiteout of nothing as a device",
+			[]tarEntry{{Header: tar.Header{Typeflag: tar.TypeChar, Name: "d/gone"}}},
+			[]string{"/ dir 755", "/d dir 755"},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			bothForms(t, func(t *testing.T, s *Store) {

@@ -131,8 +131,8 @@ func kernelSays(fs int) string {
 }
 
 // Mount returns a directory that shows the layer as overlayfs wants its lower layers: whiteouts are character
-// devices 0:0, opaque directories have the xattr. It must not be written to. It stays until Delete or Close; a
-// layer mounted before is shared. A held layer is written to disk first.
+// devices 0:0, opaque directories have the xattr. It must not be written to. A layer mounted before is shared. The
+// directory is good until Unmount. A held layer is written to disk first.
 func (s *Store) Mount(ctx context.Context, id ID) (dir string, err error) {
 	s.mu.Lock()
 	dir, closed := s.mounts[id], s.closed
@@ -152,6 +152,7 @@ func (s *Store) Mount(ctx context.Context, id ID) (dir string, err error) {
 		return "", fmt.Errorf("mount: %w", err)
 	}
 	if m.Tree {
+		s.useTree(id)
 		return s.path(id, treeDir), nil
 	}
 	s.mu.Lock()
@@ -190,10 +191,10 @@ func (s *Store) mountEROFS(ctx context.Context, m *meta) (string, error) {
 			return "", err
 		}
 		tmp := s.tmpName()
-		if err := writeFile(tmp, b, true); err != nil {
+		if err := s.writeFile(tmp, b, true); err != nil {
 			return "", err
 		}
-		if err := os.Rename(tmp, img); err != nil {
+		if err := s.fs.Rename(tmp, img); err != nil {
 			return "", err
 		}
 	}
@@ -220,7 +221,7 @@ func (s *Store) mountEROFS(ctx context.Context, m *meta) (string, error) {
 
 // extracted returns the directory that a tar has been extracted to, making it when it is not there.
 func (s *Store) extracted(ctx context.Context, m *meta) (string, error) {
-	dir := s.path(m.ID, "extracted")
+	dir := s.path(m.ID, extractedDir)
 	if _, err := os.Lstat(dir); err == nil {
 		return dir, nil
 	}
@@ -245,7 +246,7 @@ func (s *Store) extracted(ctx context.Context, m *meta) (string, error) {
 		err = s.Sync(ctx)
 	}
 	if err == nil {
-		err = os.Rename(tmp, dir)
+		err = s.fs.Rename(tmp, dir)
 	}
 	if err != nil {
 		s.removeAll(tmp)

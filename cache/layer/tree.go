@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -27,7 +29,7 @@ import (
 func (s *Store) NewUpper(ctx context.Context) (dir string, err error) {
 	dir = filepath.Join(s.dir, "uppers", randomName())
 	for _, d := range []string{dir, filepath.Join(dir, "upper"), filepath.Join(dir, "work")} {
-		if err := os.Mkdir(d, 0o755); err != nil {
+		if err := s.fs.Mkdir(d, 0o755); err != nil {
 			return "", fmt.Errorf("upper directory: %w", err)
 		}
 	}
@@ -43,13 +45,14 @@ func (s *Store) NewUpper(ctx context.Context) (dir string, err error) {
 // it any more. An upper directory that holds nothing, and is 0755 0:0 itself, gives the ID "" and stays.
 // The layer's ID is random.
 func (s *Store) CommitTree(ctx context.Context, upper string) (ID, error) {
-	plainRoot := index.Entry{Type: index.Dir, Mode: 0o755}
-	return s.CommitTreeOver(ctx, upper, plainRoot)
+	return s.CommitTreeOver(ctx, upper, index.Merge())
 }
 
-// CommitTreeOver is CommitTree for an upper directory that was given the metadata of root before it was mounted:
-// it gives no layer if nothing is in it and its mode, owner and xattrs are still those.
-func (s *Store) CommitTreeOver(ctx context.Context, upper string, root index.Entry) (ID, error) {
+// CommitTreeOver is CommitTree for an upper directory that was mounted over below and had been given the metadata of its
+// root. Directories that overlayfs has copied up, but in which nothing has changed (a file was made there and removed
+// again), are left out, and taken away from upper; if nothing else is in it, and its mode, owner and xattrs are those of
+// below's root, there is no layer.
+func (s *Store) CommitTreeOver(ctx context.Context, upper string, below index.Tree) (ID, error) {
 	if filepath.Dir(upper) == filepath.Join(s.dir, "uppers") {
 		upper = filepath.Join(upper, "upper")
 	}
@@ -57,7 +60,10 @@ func (s *Store) CommitTreeOver(ctx context.Context, upper string, root index.Ent
 	if err != nil {
 		return "", fmt.Errorf("commit %s: %w", upper, err)
 	}
-	if x.Len() == 1 && sameRoot(x.At(0), root) {
+	if x, err = dropUnchanged(upper, x, below); err != nil {
+		return "", fmt.Errorf("commit %s: %w", upper, err)
+	}
+	if root, _ := below.Lookup(""); x.Len() == 1 && sameMeta(x.At(0), root) {
 		return "", nil
 	}
 	id, err := s.commitTree(upper, x, size)
@@ -67,7 +73,53 @@ func (s *Store) CommitTreeOver(ctx context.Context, upper string, root index.Ent
 	return id, nil
 }
 
-func sameRoot(a, b index.Entry) bool {
+// dropUnchanged removes the directories of upper that add nothing to below, and returns the index without them.
+func dropUnchanged(upper string, x *index.Index, below index.Tree) (*index.Index, error) {
+	gone := map[int]bool{}
+	touched := map[int]bool{} // directories whose time has changed with that
+	// Backwards, so that what is in a directory comes before it.
+	for i := x.Len() - 1; i > 0; i-- {
+		if !x.IsDir(i) || slices.ContainsFunc(slices.Collect(x.Children(i)), func(j int) bool { return !gone[j] }) {
+			continue
+		}
+		e := x.At(i)
+		old, ok := below.Lookup(e.Path)
+		if e.Opaque || !ok || old.Type != index.Dir || old.ModTime != e.ModTime || !sameMeta(e, old) {
+			continue
+		}
+		err := unix.Rmdir(filepath.Join(upper, e.Path))
+		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+			continue // a socket, which the index does not have
+		}
+		if err != nil {
+			return nil, &os.PathError{Op: "remove unchanged", Path: e.Path, Err: err}
+		}
+		gone[i], touched[x.ParentPos(i)] = true, true
+	}
+	if len(gone) == 0 {
+		return x, nil
+	}
+	for i := range touched {
+		if gone[i] {
+			continue
+		}
+		e := x.At(i)
+		mtime := unix.NsecToTimespec(e.ModTime)
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(upper, e.Path), []unix.Timespec{{Nsec: unix.UTIME_OMIT}, mtime}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return nil, &os.PathError{Op: "utimensat", Path: e.Path, Err: err}
+		}
+	}
+	entries := make([]index.Entry, 0, x.Len())
+	for i := range x.Len() {
+		if !gone[i] {
+			entries = append(entries, x.At(i))
+		}
+	}
+	return index.NewChecked(entries)
+}
+
+// sameMeta says whether two directories look alike, but for their times.
+func sameMeta(a, b index.Entry) bool {
 	if a.Mode != b.Mode || a.UID != b.UID || a.GID != b.GID || len(a.Xattrs) != len(b.Xattrs) {
 		return false
 	}
@@ -85,12 +137,13 @@ func (s *Store) commitTree(upper string, x *index.Index, size int64) (ID, error)
 		return "", err
 	}
 	m := &meta{ID: ID("t" + randomName()), Tree: true, Content: x.Digest(), Size: size}
-	err = writeFile(filepath.Join(tmp, indexFile), x.Encode(), false)
+	defer s.boot.begin(m)()
+	err = s.writeFile(filepath.Join(tmp, indexFile), x.Encode(), false)
 	if err == nil {
-		err = writeMeta(filepath.Join(tmp, infoFile), m, false)
+		err = s.writeMeta(filepath.Join(tmp, infoFile), m, false)
 	}
 	if err == nil {
-		err = os.Rename(upper, filepath.Join(tmp, treeDir))
+		err = s.fs.Rename(upper, filepath.Join(tmp, treeDir))
 	}
 	if err != nil {
 		s.removeAll(tmp)
@@ -119,10 +172,20 @@ func scanTree(ctx context.Context, dir string) (*index.Index, int64, error) {
 	if err != nil {
 		return nil, 0, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	if err := sc.walk(ctx, "", os.NewFile(uintptr(fd), dir)); err != nil {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if err := sc.startHashing(ctx); err != nil {
+		unix.Close(fd)
 		return nil, 0, err
 	}
-	if err := sc.hash(ctx); err != nil {
+	err = sc.walk(ctx, "", os.NewFile(uintptr(fd), dir))
+	if err != nil {
+		cancel(err) // what the hashing finds is of no interest any more
+	}
+	if herr := sc.endHashing(); err == nil {
+		err = herr
+	}
+	if err != nil {
 		return nil, 0, err
 	}
 	// The walk is in Compare order, so the first name of a hard link came first.
@@ -141,6 +204,12 @@ type treeScan struct {
 	links   map[inode]int // the entry that is the first name of a file with several
 	first   map[int]int   // and for each later name, the number of that entry
 	bytes   int64
+
+	// The files are hashed while the walk goes on.
+	root    int // descriptor of dir
+	jobs    chan *hashJob
+	files   []*hashJob
+	hashing sync.WaitGroup
 }
 
 type inode struct{ dev, ino uint64 }
@@ -181,18 +250,23 @@ func (sc *treeScan) walk(ctx context.Context, path string, dir *os.File) error {
 }
 
 func (sc *treeScan) entry(path string, st *unix.Stat_t) error {
-	return sc.take(filepath.Join(sc.dir, path), path, st, func() (string, error) {
-		return os.Readlink(filepath.Join(sc.dir, path))
-	})
+	full := filepath.Join(sc.dir, path)
+	return sc.take(path, st, func() (string, error) { return os.Readlink(full) },
+		func() (map[string]string, error) { return readXattrs(full) })
 }
 
 // entryAt is entry for a name in an open directory, however deep that is.
 func (sc *treeScan) entryAt(dirfd int, name, path string, st *unix.Stat_t) error {
-	full := "/proc/self/fd/" + strconv.Itoa(dirfd) + "/" + name
-	return sc.take(full, path, st, func() (string, error) { return os.Readlink(full) })
+	full := func() string { return "/proc/self/fd/" + strconv.Itoa(dirfd) + "/" + name }
+	return sc.take(path, st, func() (string, error) { return os.Readlink(full()) }, func() (map[string]string, error) {
+		if hasNoXattrs(dirfd, name) {
+			return nil, nil
+		}
+		return readXattrs(full())
+	})
 }
 
-func (sc *treeScan) take(full, path string, st *unix.Stat_t, readlink func() (string, error)) error {
+func (sc *treeScan) take(path string, st *unix.Stat_t, readlink func() (string, error), xattrs func() (map[string]string, error)) error {
 	e := index.Entry{
 		Path: path, Mode: st.Mode & 0o7777, UID: st.Uid, GID: st.Gid, Offset: -1,
 		ModTime: st.Mtim.Nano(),
@@ -225,7 +299,7 @@ func (sc *treeScan) take(full, path string, st *unix.Stat_t, readlink func() (st
 	default:
 		return nil // a socket: meaningless without the process that made it
 	}
-	own, err := readXattrs(full)
+	own, err := xattrs()
 	if err != nil {
 		return fmt.Errorf("xattrs of %q: %w", path, err)
 	}
@@ -261,9 +335,26 @@ func (sc *treeScan) take(full, path string, st *unix.Stat_t, readlink func() (st
 		}
 		sc.links[key] = len(sc.entries)
 	}
+	if e.Type == index.File && e.Size == 0 {
+		e.Digest = emptyDigest
+	} else if e.Type == index.File {
+		j := &hashJob{entry: len(sc.entries), path: path, size: e.Size}
+		sc.files = append(sc.files, j)
+		sc.jobs <- j
+	}
 	sc.bytes += st.Blocks * 512
 	sc.entries = append(sc.entries, e)
 	return nil
+}
+
+// hasNoXattrs says that a file certainly has none, by listxattrat(2) of Linux 6.13.
+func hasNoXattrs(dirfd int, name string) bool {
+	p, err := unix.BytePtrFromString(name)
+	if err != nil {
+		return false
+	}
+	n, _, errno := unix.Syscall6(unix.SYS_LISTXATTRAT, uintptr(dirfd), uintptr(unsafe.Pointer(p)), unix.AT_SYMLINK_NOFOLLOW, 0, 0, 0)
+	return errno == 0 && n == 0
 }
 
 // readXattrs returns all xattrs of a path that is not followed.
@@ -311,65 +402,111 @@ func growing(call func([]byte) (int, error)) ([]byte, error) {
 	return nil, err
 }
 
-// hash fills in the digests of regular files, on all cores.
-func (sc *treeScan) hash(ctx context.Context) error {
-	root, err := os.OpenRoot(sc.dir)
+// hashJob is a regular file whose digest is wanted.
+type hashJob struct {
+	entry int
+	path  string
+	size  int64
+	sum   digest.Digest
+	err   error
+}
+
+// startHashing hashes, on all cores, the files that are sent to sc.jobs, until that is closed.
+func (sc *treeScan) startHashing(ctx context.Context) error {
+	root, err := unix.Open(sc.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: sc.dir, Err: err}
 	}
-	defer root.Close()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	work := make(chan int, 64)
-	var wg sync.WaitGroup
+	sc.root = root
+	sc.jobs = make(chan *hashJob, 256)
 	for range readAheadWorkers {
-		wg.Go(func() {
+		sc.hashing.Go(func() {
 			buf := make([]byte, chunkSize)
-			for i := range work {
-				if ctx.Err() != nil {
-					continue
+			for j := range sc.jobs {
+				if j.err = context.Cause(ctx); j.err == nil {
+					j.sum, j.err = hashFile(root, j.path, j.size, buf)
 				}
-				sum, err := hashFile(root, &sc.entries[i], buf)
-				if err != nil {
-					cancel(fmt.Errorf("hash %q: %w", sc.entries[i].Path, err))
-					continue
-				}
-				sc.entries[i].Digest = sum
 			}
 		})
 	}
-	for i := range sc.entries {
-		if e := &sc.entries[i]; e.Type == index.File && e.HardLink == "" {
-			work <- i
-		}
-	}
-	close(work)
-	wg.Wait()
-	return context.Cause(ctx)
+	return nil
 }
 
-func hashFile(root *os.Root, e *index.Entry, buf []byte) (digest.Digest, error) {
-	if e.Size == 0 {
-		return emptyDigest, nil
+// endHashing waits for the digests and puts them into the entries.
+func (sc *treeScan) endHashing() error {
+	close(sc.jobs)
+	sc.hashing.Wait()
+	unix.Close(sc.root)
+	for _, j := range sc.files {
+		if j.err != nil {
+			return fmt.Errorf("hash %q: %w", j.path, j.err)
+		}
+		sc.entries[j.entry].Digest = j.sum
 	}
-	f, err := root.OpenFile(e.Path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+	return nil
+}
+
+// hashFile hashes the regular file at path below root, of which no part is followed.
+func hashFile(root int, path string, size int64, buf []byte) (digest.Digest, error) {
+	fd, err := openBelow(root, path)
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-	h := sha256.New()
-	n, err := io.CopyBuffer(h, onlyReader{f}, buf)
-	if err != nil {
-		return "", err
+	defer unix.Close(fd)
+	var h hash.Hash
+	for total := int64(0); ; {
+		n, err := unix.Read(fd, buf)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		total += int64(n)
+		switch {
+		case total > size || n == 0 && total < size:
+			return "", ErrChanged
+		case h == nil && total == size && n < len(buf):
+			sum := sha256.Sum256(buf[:n]) // all of it at once
+			return digest.NewDigestFromBytes(digest.SHA256, sum[:]), nil
+		case n == 0:
+			return digest.NewDigest(digest.SHA256, h), nil
+		case h == nil:
+			h = sha256.New()
+		}
+		h.Write(buf[:n])
 	}
-	if n != e.Size {
-		return "", ErrChanged
+}
+
+// openBelow opens a file in a directory, however long its path, without following anything.
+func openBelow(root int, path string) (int, error) {
+	fd, err := unix.Openat2(root, path, &unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if !errors.Is(err, unix.ENAMETOOLONG) && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
+		return fd, err
 	}
-	return digest.NewDigest(digest.SHA256, h), nil
+	at, err := unix.Dup(root)
+	for rest := path; err == nil; {
+		name, after, more := strings.Cut(rest, "/")
+		flags := unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+		if more {
+			flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+		}
+		fd, err = unix.Openat(at, name, flags, 0)
+		unix.Close(at)
+		if !more {
+			return fd, err
+		}
+		at, rest = fd, after
+	}
+	return -1, err
 }
 
 // Pack makes sure that the layer has a tar, and so a diff ID. The tar of a tree has whole seconds where the tree has
-// nanoseconds. The layer keeps its ID, and its tree: it goes on being mounted as such.
+// nanoseconds. The layer keeps its ID. Its tree goes when no mount has it any more, where the tar can be mounted instead:
+// see droptree.go.
 func (s *Store) Pack(ctx context.Context, id ID) (Info, error) {
 	if err := s.Ensure(ctx, id); err != nil {
 		return Info{}, err
@@ -385,6 +522,9 @@ func (s *Store) Pack(ctx context.Context, id ID) (Info, error) {
 	packed, err := s.pack(ctx, m)
 	if err != nil {
 		return Info{}, fmt.Errorf("pack layer %s: %w", id, err)
+	}
+	if !s.treeInUse(id) {
+		s.dropTreeSoon(id)
 	}
 	return packed.info(), nil
 }
@@ -423,7 +563,7 @@ func (s *Store) pack(ctx context.Context, old *meta) (*meta, error) {
 	writeRoot := rootInTar(&items[0].entry)
 	m := *old
 	m.Tar = true
-	m.TarSize, m.DiffID, err = writeTar(ctx, filepath.Join(tmp, tarFile), items, writeRoot)
+	m.TarSize, m.DiffID, err = writeTar(ctx, s.fs, filepath.Join(tmp, tarFile), items, writeRoot)
 	if err != nil {
 		return nil, err
 	}
@@ -439,19 +579,19 @@ func (s *Store) pack(ctx context.Context, old *meta) (*meta, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := writeFile(filepath.Join(tmp, indexFile), packed.Encode(), true); err != nil {
+	if err := s.writeFile(filepath.Join(tmp, indexFile), packed.Encode(), true); err != nil {
 		return nil, err
 	}
-	if err := writeMeta(filepath.Join(tmp, infoFile), &m, true); err != nil {
+	if err := s.writeMeta(filepath.Join(tmp, infoFile), &m, true); err != nil {
 		return nil, err
 	}
 	// The info last: only it says that there is a tar.
 	for _, name := range []string{tarFile, indexFile, infoFile} {
-		if err := os.Rename(filepath.Join(tmp, name), s.path(old.ID, name)); err != nil {
+		if err := s.fs.Rename(filepath.Join(tmp, name), s.path(old.ID, name)); err != nil {
 			return nil, err
 		}
 	}
-	if err := syncPath(s.path(old.ID, "")); err != nil {
+	if err := s.fs.Sync(s.path(old.ID, "")); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()

@@ -19,6 +19,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/index"
 )
 
@@ -41,7 +42,10 @@ func (s *Store) FindDiffID(ctx context.Context, diffID digest.Digest, below inde
 	s.mu.Unlock()
 	slices.SortFunc(found, func(a, b *meta) int { return strings.Compare(string(a.ID), string(b.ID)) })
 	for _, m := range found {
-		if sameBelow(m.Below, below) {
+		if !sameBelow(m.Below, below) {
+			continue
+		}
+		if _, err := s.meta(m.ID); err == nil { // it may have been deleted meanwhile
 			return m.ID, true
 		}
 	}
@@ -81,7 +85,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 		entry: index.Entry{Type: index.Dir, Mode: 0o755, Offset: -1},
 	}}}
 	m := &meta{Tar: true}
-	if m.TarSize, m.DiffID, err = u.take(ctx, r, tmp+"/"+tarFile); err != nil {
+	if m.TarSize, m.DiffID, err = u.take(ctx, s.fs, r, tmp+"/"+tarFile); err != nil {
 		return "", err
 	}
 	if diffID != "" && m.DiffID != diffID {
@@ -143,8 +147,8 @@ type unpackFile struct {
 func (n *unpackNode) typ() index.Type { return n.file.entry.Type }
 
 // take copies r to the file at path, hashing it, while it reads what is in it.
-func (u *unpacker) take(ctx context.Context, r io.Reader, path string) (size int64, diffID digest.Digest, err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func (u *unpacker) take(ctx context.Context, fs fsys.FS, r io.Reader, path string) (size int64, diffID digest.Digest, err error) {
+	f, err := fs.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return 0, "", err
 	}

@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/seed-68981b69/slipway/cache/fsys"
 )
 
 // childEnv names the directory in which a copy of the test binary puts records until it is killed.
@@ -108,6 +110,43 @@ func TestKill(t *testing.T) {
 	}
 }
 
+// A process that dies while Badger makes a file leaves it empty, or without its header.
+func TestHalfMadeFiles(t *testing.T) {
+	for _, name := range []string{"00001.mem", "00002.mem", "000099.vlog", "000099.sst", "DISCARD", "MANIFEST-REWRITE", "KEYREGISTRY-REWRITE"} {
+		for _, size := range []int64{0, 4096, 16 << 20} {
+			t.Run(fmt.Sprint(name, "/", size), func(t *testing.T) {
+				dir := filepath.Join(t.TempDir(), "records")
+				s := open(t, dir)
+				rec := sample()
+				rec.Durable = true
+				if err := s.Put(t.Context(), rec, "k"); err != nil {
+					t.Fatal(err)
+				}
+				if err := s.Close(); err != nil {
+					t.Fatal(err)
+				}
+				path := filepath.Join(dir, name)
+				if err := os.WriteFile(path, nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Truncate(path, size); err != nil {
+					t.Fatal(err)
+				}
+				for range 2 {
+					s = open(t, dir)
+					mustGet(t, s, "k", true)
+					if err := s.Close(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if aside, _ := filepath.Glob(dir + ".broken-*"); len(aside) > 0 {
+					t.Errorf("put aside: %v", aside)
+				}
+			})
+		}
+	}
+}
+
 // A database that cannot be opened is put aside, not fatal.
 func TestBrokenDatabaseIsPutAside(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "records")
@@ -140,7 +179,7 @@ func TestUnreadable(t *testing.T) {
 		{ErrInUse, false},
 		{&os.PathError{Op: "open", Path: "x", Err: syscall.EACCES}, false},
 		{fmt.Errorf("Opening memtables error: %v", syscall.EMFILE), false}, // as Badger puts it
-		{room(t.TempDir(), 1<<62), false},
+		{room(fsys.OS, t.TempDir(), 1<<62), false},
 	} {
 		if got := unreadable(c.err); got != c.want {
 			t.Errorf("unreadable(%v) = %v", c.err, got)

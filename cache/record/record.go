@@ -64,6 +64,8 @@ type Record struct {
 	Duration time.Duration `json:"duration,omitempty"`
 	// PeakMemory is in bytes; 0 when unknown.
 	PeakMemory int64 `json:"peakMemory,omitempty"`
+	// Uses is how often Touch has noted a use of the record.
+	Uses int `json:"uses,omitempty"`
 	// Log is the blob with the work's output, "" when there was none.
 	Log digest.Digest `json:"log,omitempty"`
 	// BootID is the boot of the machine in which the record was written. Put sets it.

@@ -19,6 +19,8 @@ import (
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/cache/fsys"
 )
 
 // The first bytes of a key say what is behind it:
@@ -57,54 +59,91 @@ type Store struct {
 	db  *badger.DB
 	dir string
 	log *slog.Logger
+	fs  fsys.FS
 
 	bootID string
 	now    func() time.Time
+	used   func(key string) // see OnUse
 
 	mu  sync.Mutex // held by every write: read-modify-write of a record, and the order of puts and Sync
 	put uint64     // number of the last Put, unique within this boot: see nextPut
+
+	droppedMu sync.Mutex // guards dropped
+	dropped   []Bad      // what quarantine has removed, but for stale records; at most maxDropped
 
 	syncMu  sync.Mutex          // one Sync at a time; guards syncDir
 	syncDir map[string]*os.File // kept open, so that syncfs reports every write error since the first call
 }
 
 // Open opens the database in dir, making it when there is none. A database that Badger cannot read is moved
-// aside (dir + ".broken-TIME") with an error in the log, and an empty one is begun: a lost cache costs
+// aside (dir + ".broken-TIME") with an error in the log, and a new one is begun with what is good of it: a lost record costs
 // time, refusing to start would cost the build.
-func Open(dir string) (*Store, error) {
+func Open(dir string) (*Store, error) { return OpenWith(dir, Options{}) }
+
+// Options of a Store.
+type Options struct {
+	// FS is how the store reaches the disk where Badger does not do that itself; nil means fsys.OS.
+	FS fsys.FS
+	// BootID is the boot of the machine; "" asks the kernel.
+	BootID string
+}
+
+// OpenWith is Open with options.
+func OpenWith(dir string, opt Options) (*Store, error) {
 	log := slog.Default().With("store", "record")
-	bootID, err := readBootID()
-	if err != nil {
-		return nil, fmt.Errorf("open record database: %w", err)
+	if opt.FS == nil {
+		opt.FS = fsys.OS
 	}
-	db, err := openBadger(dir, log)
+	bootID := opt.BootID
+	if bootID == "" {
+		var err error
+		if bootID, err = readBootID(); err != nil {
+			return nil, fmt.Errorf("open record database: %w", err)
+		}
+	}
+	db, err := openBadger(dir, opt.FS, log)
 	if err != nil && unreadable(err) {
-		aside := dir + ".broken-" + time.Now().UTC().Format("20060102T150405.000")
-		log.Error("the record database cannot be read and is put aside; the build cache and image names begin anew",
+		// Opening has repaired some things that a killed process can leave; it may have been one of those.
+		log.Warn("the record database is opened a second time", "dir", dir, "error", err)
+		db, err = openBadger(dir, opt.FS, log)
+	}
+	aside := ""
+	if err != nil && unreadable(err) {
+		aside = asideName(dir)
+		log.Error("the record database cannot be read and is put aside; what can be read of it goes into a new one",
 			"dir", dir, "aside", aside, "error", err)
-		if err := os.Rename(dir, aside); err != nil {
+		if err := opt.FS.Rename(dir, aside); err != nil {
 			return nil, fmt.Errorf("put aside unreadable record database: %w", err)
 		}
-		db, err = openBadger(dir, log)
+		db, err = openBadger(dir, opt.FS, log)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open record database %s: %w", dir, err)
 	}
-	s := &Store{db: db, dir: dir, log: log, bootID: bootID, now: time.Now, syncDir: map[string]*os.File{}}
+	s := &Store{db: db, dir: dir, log: log, fs: opt.FS, bootID: bootID, now: time.Now, syncDir: map[string]*os.File{}}
 	// Two engines of one boot must not give two Puts the same number; the clock cannot stand still between them.
 	s.put = uint64(time.Now().UnixNano())
+	if aside == "" {
+		// A damaged block looks like the end of the database to whoever walks through it. Checksums of 10 MB take a few milliseconds.
+		if damage := s.Intact(); damage != nil {
+			aside := asideName(dir)
+			log.Error("the record database is damaged and is put aside; what can be read of it goes into a new one", "dir", dir, "aside", aside, "error", damage)
+			if err := s.beginAnew(aside); err != nil {
+				return nil, errors.Join(fmt.Errorf("open record database %s: %w", dir, err), s.db.Close())
+			}
+		}
+	} else {
+		if err := s.salvage(aside); err != nil {
+			return nil, errors.Join(fmt.Errorf("open record database %s: %w", dir, err), db.Close())
+		}
+	}
 	return s, nil
 }
 
-func openBadger(dir string, log *slog.Logger) (*badger.DB, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	if err := room(dir, minFreeToDelete); err != nil {
-		return nil, err
-	}
-	// Sized for a tool that is started and stopped, not for a server: MEASURED.md F (20 MB resident, opens in 10 ms).
-	opt := badger.DefaultOptions(dir).
+// badgerOptions are sized for a tool that is started and stopped, not for a server: MEASURED.md F (20 MB resident, opens
+// in 10 ms).
+func badgerOptions(dir string, log *slog.Logger) badger.Options {
+	return badger.DefaultOptions(dir).
 		WithMemTableSize(8 << 20).
 		WithNumMemtables(2).
 		WithValueLogFileSize(16 << 20).
@@ -118,11 +157,48 @@ func openBadger(dir string, log *slog.Logger) (*badger.DB, error) {
 		WithChecksumVerificationMode(options.OnBlockRead).
 		WithSyncWrites(false). // see write
 		WithLogger(badgerLog{log})
-	db, err := badger.Open(opt)
+}
+
+func openBadger(dir string, fs fsys.FS, log *slog.Logger) (*badger.DB, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := room(fs, dir, minFreeToDelete); err != nil {
+		return nil, err
+	}
+	if err := removeEmptyLogs(dir, fs); err != nil {
+		return nil, err
+	}
+	db, err := badger.Open(badgerOptions(dir, log))
 	if err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock") {
 		return nil, ErrInUse // Badger has no sentinel for it
 	}
 	return db, err
+}
+
+// asideName is where a damaged database in dir goes.
+func asideName(dir string) string {
+	return dir + ".broken-" + time.Now().UTC().Format("20060102T150405.000")
+}
+
+// removeEmptyLogs removes the log files that have no size yet: a process was killed while it made them. Badger would not open
+// the database once with such a file.
+func removeEmptyLogs(dir string, fs fsys.FS) error {
+	for _, pattern := range []string{"*.mem", "*.vlog"} {
+		paths, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil {
+			return err
+		}
+		for _, path := range paths {
+			if st, err := os.Lstat(path); err != nil || st.Size() > 0 {
+				continue
+			}
+			if err := fs.RemoveAll(path); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // unreadable tells damaged contents from trouble with the system, which putting the database aside would not cure.
@@ -175,6 +251,7 @@ func (s *Store) Get(ctx context.Context, key string) (*Record, bool, error) {
 		s.quarantine(recordPrefix+key, raw, err)
 		return nil, false, nil
 	}
+	s.use(key)
 	return rec, true, nil
 }
 
@@ -234,6 +311,7 @@ func (s *Store) PutBatch(ctx context.Context, items []Item) error {
 		}
 		durable = durable || rec.Durable
 		for _, key := range it.Keys {
+			s.use(key)
 			w.set(recordPrefix+key, raw)
 			if rec.Durable {
 				w.del(pendingPrefix + key)
@@ -292,6 +370,7 @@ func (s *Store) Touch(keys ...string) error {
 			continue
 		}
 		rec.LastUsed = now
+		rec.Uses++
 		if raw, err = encodeRecord(rec); err != nil {
 			return fmt.Errorf("touch record: %w", err)
 		}
@@ -330,9 +409,15 @@ func (s *Store) Walk(ctx context.Context, fn func(key string, rec *Record) error
 // (where the layers are) goes to the disk with one syncfs, then the records are marked. It may take as long as
 // the disk has work; call it in the background.
 func (s *Store) Sync(ctx context.Context, dir string) error {
+	return s.SyncWith(ctx, func(context.Context) error { return s.syncfs(dir) })
+}
+
+// SyncWith is Sync with a function that makes durable whatever the records name. It is not called when every record is
+// durable already.
+func (s *Store) SyncWith(ctx context.Context, sync func(context.Context) error) error {
 	s.syncMu.Lock()
 	defer s.syncMu.Unlock()
-	// What is put from here on may name layers that this syncfs has missed: the number of the Put tells.
+	// What is put from here on may name layers that sync will miss: the number of the Put tells.
 	pending := map[string][]byte{}
 	err := s.scan(ctx, pendingPrefix, func(key string, number []byte) error {
 		pending[key] = bytes.Clone(number)
@@ -344,8 +429,8 @@ func (s *Store) Sync(ctx context.Context, dir string) error {
 	if len(pending) == 0 {
 		return nil
 	}
-	if err := s.syncfs(dir); err != nil {
-		return fmt.Errorf("sync file system of %s: %w", dir, err)
+	if err := sync(ctx); err != nil {
+		return fmt.Errorf("sync what the records name: %w", err)
 	}
 	if err := s.markDurable(pending); err != nil {
 		return fmt.Errorf("mark records durable: %w", err)
@@ -366,7 +451,7 @@ func (s *Store) syncfs(dir string) error {
 		}
 		s.syncDir[dir] = f
 	}
-	return unix.Syncfs(int(f.Fd()))
+	return s.fs.SyncFS(f)
 }
 
 // markDurable marks the records of pending that were not put again since, and writes them to the disk.
@@ -407,6 +492,9 @@ func (s *Store) quarantine(key string, raw []byte, why error) {
 	if errors.Is(why, errStale) {
 		level = slog.LevelDebug // the normal course of things after a reboot
 	}
+	if !errors.Is(why, errStale) {
+		s.drop(key, why)
+	}
 	s.log.Log(context.Background(), level, "dropping a value that cannot be used", "key", key, "bytes", len(raw), "error", why)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -420,6 +508,21 @@ func (s *Store) quarantine(key string, raw []byte, why error) {
 	}
 	if err := s.write(w, false); err != nil {
 		s.log.Error("drop unusable value", "key", key, "error", err)
+	}
+}
+
+// maxDropped bounds what is remembered for Check.
+const maxDropped = 1000
+
+func (s *Store) drop(key string, why error) {
+	s.droppedMu.Lock()
+	defer s.droppedMu.Unlock()
+	if len(s.dropped) < maxDropped {
+		name, isRecord := strings.CutPrefix(key, recordPrefix)
+		if !isRecord {
+			name = strings.TrimPrefix(key, valuePrefix)
+		}
+		s.dropped = append(s.dropped, Bad{Key: name, Record: isRecord, Err: why})
 	}
 }
 
@@ -502,7 +605,7 @@ func (s *Store) write(w writes, sync bool) error {
 			return fmt.Errorf("value of %d bytes is too large for the record database (key %q)", len(c.value), c.key)
 		}
 	}
-	if err := room(s.dir, need); err != nil {
+	if err := room(s.fs, s.dir, need); err != nil {
 		return err
 	}
 	for len(w) > 0 {
@@ -540,12 +643,12 @@ func (s *Store) write(w writes, sync bool) error {
 }
 
 // room is an error that wraps ENOSPC when fewer than need bytes are left on the file system of dir.
-func room(dir string, need int64) error {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return &os.PathError{Op: "statfs", Path: dir, Err: err}
+func room(fs fsys.FS, dir string, need int64) error {
+	free, err := fs.Free(dir)
+	if err != nil {
+		return err
 	}
-	if free := int64(st.Bavail) * st.Bsize; free < need {
+	if free < need {
 		return fmt.Errorf("%s: %w: %d MB left, at least %d MB are needed", filepath.Clean(dir), unix.ENOSPC, free>>20, need>>20)
 	}
 	return nil

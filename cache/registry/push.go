@@ -104,7 +104,6 @@ type uploader struct {
 	named reference.Named
 	host  docker.RegistryHost
 	base  string // of the repository's URLs
-	tries int
 }
 
 func (r *Registry) uploader(ctx context.Context, named reference.Named) (*uploader, error) {

@@ -334,28 +334,64 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		is   error
 		says []string
 	}{
-		{"no password", registry.Options{}, resolve(basic.Host + "/a:1"), registry.ErrUnauthorized,
-			[]string{"pull " + basic.Host + "/a:1", "wants a user name and password", "slipway login " + basic.Host}},
-		{"wrong password", registry.Options{Credentials: as("mia", "no")}, resolve(basic.Host + "/a:1"), registry.ErrUnauthorized,
-			[]string{"does not accept the user name or password", "slipway login " + basic.Host}},
-		{"wrong password, token", registry.Options{Credentials: as("mia", "no")}, resolve(token.Host + "/a:1"), registry.ErrUnauthorized,
-			[]string{"does not accept the user name or password"}},
+		{
+			"no password",
+			registry.Options{},
+			resolve(basic.Host + "/a:1"), registry.ErrUnauthorized,
+			[]string{"pull " + basic.Host + "/a:1", "wants a user name and password", "slipway login " + basic.Host},
+		},
+		{
+			"wrong password",
+			registry.Options{Credentials: as("mia", "no")},
+			resolve(basic.Host + "/a:1"), registry.ErrUnauthorized,
+			[]string{"does not accept the user name or password", "slipway login " + basic.Host},
+		},
+		{
+			"wrong password, token",
+			registry.Options{Credentials: as("mia", "no")},
+			resolve(token.Host + "/a:1"), registry.ErrUnauthorized,
+			[]string{"does not accept the user name or password"},
+		},
 		{"anonymous push", registry.Options{}, func(r *registry.Registry) error {
 			_, _, _, err := image(ctx, t, r, token.Host+"/a:1")
 			return err
 		}, registry.ErrUnauthorized, []string{"push " + token.Host + "/a:1", "slipway login"}},
-		{"no such image", registry.Options{Credentials: as("mia", "s3cret")}, resolve(basic.Host + "/no:such"), registry.ErrNotFound,
-			[]string{"/no:such", "not found", "check the name"}},
-		{"nobody there", registry.Options{}, resolve(closed + "/a"), registry.ErrUnreachable,
-			[]string{"nothing answers at " + closed, "is the registry running"}},
-		{"no such host", registry.Options{}, resolve("registry.invalid/a"), registry.ErrUnreachable,
-			[]string{"registry.invalid"}},
-		{"wrong authority", registry.Options{CertDirs: []string{certs}}, resolve(tls.Host + "/a"), registry.ErrUnreachable,
-			[]string{"is not trusted", "/etc/docker/certs.d/" + tls.Host}},
-		{"plain HTTP where an authority is configured", registry.Options{CertDirs: []string{certs}}, resolve(token.Host + "/a"), registry.ErrUnreachable,
-			[]string{"speaks plain HTTP"}},
-		{"settings that we do not read", registry.Options{CertDirs: []string{tomls}}, resolve(basic.Host + "/a"), nil,
-			[]string{"not supported yet", "hosts.toml"}},
+		{
+			"no such image",
+			registry.Options{Credentials: as("mia", "s3cret")},
+			resolve(basic.Host + "/no:such"), registry.ErrNotFound,
+			[]string{"/no:such", "not found", "check the name"},
+		},
+		{
+			"nobody there",
+			registry.Options{},
+			resolve(closed + "/a"), registry.ErrUnreachable,
+			[]string{"nothing answers at " + closed, "is the registry running"},
+		},
+		{
+			"no such host",
+			registry.Options{},
+			resolve("registry.invalid/a"), registry.ErrUnreachable,
+			[]string{"registry.invalid"},
+		},
+		{
+			"wrong authority",
+			registry.Options{CertDirs: []string{certs}},
+			resolve(tls.Host + "/a"), registry.ErrUnreachable,
+			[]string{"is not trusted", "/etc/docker/certs.d/" + tls.Host},
+		},
+		{
+			"plain HTTP where an authority is configured",
+			registry.Options{CertDirs: []string{certs}},
+			resolve(token.Host + "/a"), registry.ErrUnreachable,
+			[]string{"speaks plain HTTP"},
+		},
+		{
+			"settings that we do not read",
+			registry.Options{CertDirs: []string{tomls}},
+			resolve(basic.Host + "/a"), nil,
+			[]string{"not supported yet", "hosts.toml"},
+		},
 		{"bad name", registry.Options{}, resolve("host.invalid/UPPER"), nil, []string{"host.invalid/UPPER", "lowercase"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -30,7 +30,9 @@ type Layers interface {
 	OpenFile(ctx context.Context, id layer.ID, path string) (io.ReadCloser, error)
 	Mount(context.Context, layer.ID) (dir string, err error)
 	NewUpper(context.Context) (dir string, err error)
-	CommitTreeOver(ctx context.Context, upper string, root index.Entry) (layer.ID, error)
+	// Unmount ends what Mount began.
+	Unmount(layer.ID)
+	CommitTreeOver(ctx context.Context, upper string, below index.Tree) (layer.ID, error)
 }
 
 // View is what a snapshot shows when it is mounted, read without a mount. It implements layer.Files. It is

@@ -336,6 +336,38 @@ func TestScratchAndEmptyCommit(t *testing.T) {
 	f.same(one)
 }
 
+// A step that only had mount points made for it, /etc/hosts and the like, leaves no layer: overlayfs copies the directory
+// up, but nothing in it has changed.
+func TestCopiedUpDirectoryIsNoChange(t *testing.T) {
+	f := newFixture(t)
+	tree := f.step(nil, func(root string) { ok(t, os.MkdirAll(filepath.Join(root, "run/lock"), 0o711)) })
+	base := append(slices.Clone(tree), f.untar("etc/", "etc/ssl/", "bin/sh=x"))
+	mountPoint := func(root, dir string) {
+		t.Helper()
+		dir = filepath.Join(root, dir)
+		var before unix.Stat_t
+		ok(t, unix.Stat(dir, &before))
+		write(t, dir, "hosts", "")
+		ok(t, os.Remove(filepath.Join(dir, "hosts")))
+		ok(t, unix.UtimesNanoAt(unix.AT_FDCWD, dir, []unix.Timespec{before.Atim, before.Mtim}, 0))
+	}
+	if got := f.step(base, func(root string) {
+		mountPoint(root, "etc")
+		mountPoint(root, "etc/ssl")
+		mountPoint(root, "run/lock")
+	}); !slices.Equal(got, base) {
+		t.Errorf("nothing changed, but there is the layer %q", f.viewTree(got[len(base):]))
+	}
+	next := f.step(base, func(root string) {
+		mountPoint(root, "etc/ssl")
+		write(t, root, "etc/own", "1")
+	})
+	if got := f.viewTree(next[len(base):]); len(got) != 3 {
+		t.Errorf("the layer should have etc and etc/own alone: %q", got)
+	}
+	f.same(next)
+}
+
 // A single layer's whiteouts and opaque marks must not be seen, though nothing is below them.
 func TestSingleLayerWithWhiteouts(t *testing.T) {
 	f := newFixture(t)

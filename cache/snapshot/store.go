@@ -140,8 +140,9 @@ type Mount struct {
 	s     *Store
 	snap  Snapshot
 	path  string
-	upper string      // as layers.NewUpper gave it; "" for a read-only mount
-	root  index.Entry // what the upper directory was given as the metadata of "/"
+	upper string     // as layers.NewUpper gave it; "" for a read-only mount
+	below *View      // of snap; nil for a read-only mount
+	lower []layer.ID // the layers that are mounted for it
 
 	gone chan struct{} // closed when it is unmounted
 
@@ -175,6 +176,7 @@ func (s *Store) Mount(ctx context.Context, snap Snapshot, o MountOptions) (*Moun
 
 	if err := m.mount(ctx, o); err != nil {
 		m.forget()
+		m.unmountLayers()
 		m.removeDirs()
 		s.teardowns.Done()
 		return nil, fmt.Errorf("mount snapshot: %w", err)
@@ -199,6 +201,7 @@ func (m *Mount) mount(ctx context.Context, o MountOptions) error {
 		if err != nil {
 			return err
 		}
+		m.lower = append(m.lower, id)
 		ov.lowers = append(ov.lowers, dir)
 	}
 	if o.Writable {
@@ -239,7 +242,7 @@ func (m *Mount) copyRoot(ctx context.Context, upper string) error {
 	if !ok {
 		root = index.Entry{Mode: 0o755}
 	}
-	m.root = root
+	m.below = v
 	for name, value := range root.Xattrs {
 		if err := unix.Lsetxattr(upper, name, []byte(value), 0); err != nil {
 			return &os.PathError{Op: "set " + name + " of", Path: upper, Err: err}
@@ -294,7 +297,7 @@ func (m *Mount) Commit(ctx context.Context) (Snapshot, error) {
 	// that it can be read and renamed while the unmount is still under way.
 	keepUpper := make(chan struct{})
 	go m.teardown(keepUpper)
-	id, err := m.s.layers.CommitTreeOver(ctx, m.upper, m.root)
+	id, err := m.s.layers.CommitTreeOver(ctx, m.upper, m.below)
 	if err == nil && id != "" {
 		m.s.setLeaving(id, m)
 	}
@@ -355,6 +358,8 @@ func (m *Mount) teardown(done <-chan struct{}) {
 	defer m.s.teardowns.Done()
 	if err := unix.Unmount(m.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 		slog.Error("unmount snapshot", "path", m.path, "error", err)
+	} else {
+		m.unmountLayers()
 	}
 	m.s.mu.Lock()
 	close(m.gone)
@@ -366,6 +371,12 @@ func (m *Mount) teardown(done <-chan struct{}) {
 	m.s.mu.Unlock()
 	<-done
 	m.removeDirs()
+}
+
+func (m *Mount) unmountLayers() {
+	for _, id := range m.lower {
+		m.s.layers.Unmount(id)
+	}
 }
 
 // removeDirs removes the mount point and what is left of the upper and work directories.

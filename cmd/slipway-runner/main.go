@@ -7,7 +7,8 @@
 // it over a socket (executor/runc/wire); when the engine's end closes, the runner kills and removes all its
 // containers and exits.
 //
-// It has three faces: without arguments it serves; "init" is libcontainer's first process in a container; "reap" is
+// It has three faces: without arguments it serves; "init" is the first process in a container, started by libcontainer,
+// which makes the container as the runner has planned it (setup.go) or, without a plan, as libcontainer does; "reap" is
 // the small init that users ask for with --init.
 package main
 
@@ -31,8 +32,11 @@ func init() {
 		return
 	}
 	switch os.Args[1] {
-	case "init":
-		libcontainer.Init() // does not return
+	case "init": // neither of the two returns
+		if planned() {
+			runPlan()
+		}
+		libcontainer.Init()
 	case "reap":
 		os.Exit(reap(os.Args[2:]))
 	}

@@ -18,7 +18,6 @@ import (
 	"syscall"
 
 	"github.com/opencontainers/runc/libcontainer"
-	"github.com/opencontainers/runc/libcontainer/specconv"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -27,8 +26,9 @@ import (
 
 // server runs the containers of one engine.
 type server struct {
-	conn *net.UnixConn
-	wg   sync.WaitGroup // one for each container
+	conn     *net.UnixConn
+	preparer *preparer
+	wg       sync.WaitGroup // one for each container
 
 	mu         sync.Mutex // guards containers, parents and closing
 	containers map[string]*container
@@ -46,7 +46,7 @@ type container struct {
 }
 
 func newServer(conn *net.UnixConn) *server {
-	return &server{conn: conn, containers: map[string]*container{}, parents: map[string]struct{}{}}
+	return &server{conn: conn, preparer: newPreparer(), containers: map[string]*container{}, parents: map[string]struct{}{}}
 }
 
 // serve handles requests until the engine's end closes or ctx ends, then kills and removes everything.
@@ -137,17 +137,15 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	if err != nil {
 		return failed(wire.Other, err)
 	}
-	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: req.ID, Spec: spec})
+	config, p, plan, err := s.preparer.prepare(req.ID, spec, req.StandardInit)
 	if err != nil {
 		return failed(wire.Other, err)
+	}
+	if plan != nil {
+		files = append(files, plan)
 	}
 	lc, err := libcontainer.Create(req.StateDir, req.ID, config)
 	if err != nil {
-		return failed(wire.Other, err)
-	}
-	p, err := newProcess(spec.Process)
-	if err != nil {
-		_ = lc.Destroy()
 		return failed(wire.Other, err)
 	}
 	if req.Terminal {

@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/distribution/reference"
@@ -55,7 +54,8 @@ type buildOptions struct {
 	platforms     []string
 	push          bool
 	quiet         bool
-	output        string
+	load          bool
+	outputs       []string
 	contexts      []string
 	addHosts      []string
 	network       string
@@ -89,7 +89,9 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.StringSliceVar(&o.platforms, "platform", nil, "build for this platform")
 	f.BoolVar(&o.push, "push", false, "push the image to its registry")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "print only the image's ID")
-	f.StringVarP(&o.output, "output", "o", "", "what to make: type=image[,name=NAME,push=true…] or type=cacheonly (default type=image)")
+	f.BoolVar(&o.load, "load", false, "put the image into the local store, beside what --output makes")
+	f.StringArrayVarP(&o.outputs, "output", "o", nil, "what to make, may be repeated: DIR, - for a tar on standard output,\n"+
+		"or type=image|registry|local|tar|oci|docker|cacheonly,KEY=VALUE… (default type=image)")
 	f.StringArrayVar(&o.contexts, "build-context", nil, "one more context: NAME=DIR|docker-image://REF|URL")
 	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP")
 	f.StringVar(&o.network, "network", "", "network of RUN steps: default, none or host")
@@ -126,9 +128,15 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 			return err
 		}
 	}
-	if err := o.addExport(&solve); err != nil {
+	out, err := o.readOutputs(a.stdout())
+	if err != nil {
 		return err
 	}
+	if err := out.checkMirrors(localSources(dir, o.file)...); err != nil {
+		return err
+	}
+	defer out.discard()
+	solve.Exports = out.exports
 	if solve.Session, err = a.attachables(o); err != nil {
 		return err
 	}
@@ -149,7 +157,21 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err != nil {
 		return a.buildError(ctx, err, tail)
 	}
-	return a.buildDone(o, response.ExporterResponse)
+	if err := out.commit(); err != nil {
+		return fmt.Errorf("--output: %w", err)
+	}
+	return a.buildDone(o, response.ExporterResponse, out.toStdout)
+}
+
+// localSources are the files of this host that a build is made of, as far as its main context goes.
+func localSources(dir, file string) []string {
+	var sources []string
+	for _, path := range []string{dir, file} {
+		if path != "" && path != "-" && exists(path) {
+			sources = append(sources, path)
+		}
+	}
+	return sources
 }
 
 // solveAndShow runs the build. The display gets to its end even when the build is canceled. With keepTail it returns the
@@ -221,6 +243,7 @@ func (a *app) buildError(ctx context.Context, err error, tail []byte) error {
 		fmt.Fprintf(a.stderr(), "%s\n", bytes.TrimRight(tail, "\n"))
 	}
 	text := strings.TrimPrefix(message(err), "failed to solve: ")
+	text = strings.TrimPrefix(text, grpcerrors.Code(err).String()+": ")
 	sources := errdefs.Sources(err)
 	for _, s := range sources {
 		_ = s.Print(a.stderr())
@@ -240,9 +263,12 @@ func (a *app) buildError(ctx context.Context, err error, tail []byte) error {
 }
 
 // buildDone reports the result.
-func (a *app) buildDone(o buildOptions, response map[string]string) error {
+func (a *app) buildDone(o buildOptions, response map[string]string, stdoutTaken bool) error {
 	id := response["containerimage.config.digest"]
-	if o.quiet && id != "" {
+	if id == "" {
+		id = response["containerimage.digest"] // of several platforms
+	}
+	if o.quiet && id != "" && !stdoutTaken {
 		fmt.Fprintln(a.stdout(), id)
 	}
 	if o.idFile != "" {
@@ -307,7 +333,7 @@ func (a *app) addContext(solve *bkclient.SolveOpt, file, dir string) (cleanup fu
 	if file == "-" {
 		temp, err := stdinDockerfile(a.stdin())
 		if err != nil {
-			return cleanup, fmt.Errorf("Dockerfile from standard input: %w", err)
+			return cleanup, fmt.Errorf("read the Dockerfile from standard input: %w", err)
 		}
 		return func() { _ = os.RemoveAll(temp) }, addLocal(solve, "dockerfile", temp)
 	}
@@ -323,10 +349,10 @@ func (a *app) addContext(solve *bkclient.SolveOpt, file, dir string) (cleanup fu
 	}
 	info, err := os.Stat(file)
 	if err != nil {
-		return cleanup, fmt.Errorf("Dockerfile %s: %w", file, pathReason(err))
+		return cleanup, fmt.Errorf("file %s: %w", file, pathReason(err))
 	}
 	if info.IsDir() {
-		return cleanup, fmt.Errorf("Dockerfile %s: is a directory", file)
+		return cleanup, fmt.Errorf("file %s: is a directory, not a Dockerfile", file)
 	}
 	solve.FrontendAttrs["filename"] = filepath.Base(file)
 	return cleanup, addLocal(solve, "dockerfile", filepath.Dir(file))
@@ -501,53 +527,6 @@ func extraHosts(specs []string) (string, error) {
 	return strings.Join(fields, ","), nil
 }
 
-// addExport says what becomes of the result.
-func (o *buildOptions) addExport(solve *bkclient.SolveOpt) error {
-	attrs, err := parseCSV(o.output, "--output")
-	if err != nil {
-		return err
-	}
-	kind := attrs["type"]
-	delete(attrs, "type")
-	switch kind {
-	case "", "image":
-	case "registry":
-		attrs["push"] = "true"
-	case "cacheonly":
-		if len(o.tags) > 0 || o.push {
-			return errors.New("--output type=cacheonly makes no image to tag or push")
-		}
-		return nil
-	default:
-		return fmt.Errorf("--output type=%s: not supported yet (image, registry and cacheonly are)", kind)
-	}
-	names := slices.Clone(o.tags)
-	if name := attrs["name"]; name != "" {
-		names = append(names, strings.Split(name, ",")...)
-	}
-	for i, name := range names {
-		named, err := reference.ParseNormalizedNamed(name)
-		if err != nil {
-			return fmt.Errorf("image name %q: %w", name, err)
-		}
-		if _, ok := named.(reference.Digested); ok {
-			return fmt.Errorf("image name %q: has a digest; the digest of what is built is not known before", name)
-		}
-		names[i] = reference.TagNameOnly(named).String()
-	}
-	if len(names) > 0 {
-		attrs["name"] = strings.Join(names, ",")
-	}
-	if o.push {
-		attrs["push"] = "true"
-	}
-	if push, _ := strconv.ParseBool(attrs["push"]); push && len(names) == 0 {
-		return errors.New("a push needs a name: -t NAME")
-	}
-	solve.Exports = []bkclient.ExportEntry{{Type: "image", Attrs: attrs}}
-	return nil
-}
-
 // parseCSV reads "key=value,key=value"; a lone word is a type.
 func parseCSV(text, flag string) (map[string]string, error) {
 	out := map[string]string{}
@@ -618,6 +597,11 @@ func secretProvider(specs []string) (session.Attachable, error) {
 		}
 		if kind == "env" && source.Env == "" {
 			source.Env, source.FilePath = source.FilePath, ""
+		}
+		if source.FilePath != "" {
+			if _, err := os.Stat(source.FilePath); err != nil {
+				return nil, fmt.Errorf("--secret %s: %w", spec, pathReason(err))
+			}
 		}
 		if source.Env != "" {
 			if _, ok := os.LookupEnv(source.Env); !ok {

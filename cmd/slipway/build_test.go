@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -44,8 +45,13 @@ func TestBuildAttrs(t *testing.T) {
 		t.Errorf("entitlements %v", solve.AllowedEntitlements)
 	}
 	for _, bad := range []buildOptions{
-		{buildArgs: []string{"=x"}}, {labels: []string{"=x"}}, {noCache: true, noCacheFilter: []string{"a"}},
-		{addHosts: []string{"h"}}, {addHosts: []string{"h:x"}}, {addHosts: []string{"h:host-gateway"}}, {network: "x"},
+		{buildArgs: []string{"=x"}},
+		{labels: []string{"=x"}},
+		{noCache: true, noCacheFilter: []string{"a"}},
+		{addHosts: []string{"h"}},
+		{addHosts: []string{"h:x"}},
+		{addHosts: []string{"h:host-gateway"}},
+		{network: "x"},
 	} {
 		if err := bad.addAttrs(newSolveOpt()); err == nil {
 			t.Errorf("%+v is accepted", bad)
@@ -53,38 +59,130 @@ func TestBuildAttrs(t *testing.T) {
 	}
 }
 
-func TestBuildExport(t *testing.T) {
+func TestBuildOutputs(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if err := os.WriteFile("file", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	for _, tc := range []struct {
 		o    buildOptions
-		want map[string]string // nil means an error
+		want string // type, attributes and directory of each; or error
 	}{
-		{buildOptions{}, map[string]string{}},
-		{buildOptions{tags: []string{"a", "localhost:5000/b:1"}}, map[string]string{"name": "docker.io/library/a:latest,localhost:5000/b:1"}},
-		{buildOptions{tags: []string{"a"}, push: true}, map[string]string{"name": "docker.io/library/a:latest", "push": "true"}},
-		{buildOptions{output: "type=registry,name=x/y"}, map[string]string{"name": "docker.io/x/y:latest", "push": "true"}},
-		{buildOptions{push: true}, nil},
-		{buildOptions{tags: []string{"UPPER"}}, nil},
-		{buildOptions{output: "type=local,dest=x"}, nil},
-		{buildOptions{output: "dir"}, nil},
-		{buildOptions{output: "type=cacheonly", tags: []string{"a"}}, nil},
+		{buildOptions{}, "image{}"},
+		{buildOptions{tags: []string{"a", "localhost:5000/b:1"}}, "image{name=docker.io/library/a:latest,localhost:5000/b:1}"},
+		{buildOptions{tags: []string{"a"}, push: true}, "image{name=docker.io/library/a:latest push=true}"},
+		{buildOptions{outputs: []string{"type=registry,name=x/y"}}, "image{name=docker.io/x/y:latest push=true}"},
+		{buildOptions{push: true}, "error: a push needs a name"},
+		{buildOptions{tags: []string{"UPPER"}}, "error: image name"},
+		{buildOptions{outputs: []string{"type=local,dest=x"}}, "local{} dir x"},
+		{buildOptions{outputs: []string{"dir"}}, "local{} dir dir"},
+		{buildOptions{outputs: []string{"type=local,dest=x,mode=delete,platform-split=true"}}, "local{mode=delete platform-split=true} dir x"},
+		{buildOptions{outputs: []string{"-"}}, "tar{} stdout"},
+		{buildOptions{outputs: []string{"type=tar,dest=t.tar"}}, "tar{} t.tar"},
+		{buildOptions{outputs: []string{"type=oci"}}, "oci{} stdout"},
+		{buildOptions{outputs: []string{"type=oci,dest=a.tar"}, tags: []string{"a"}}, "oci{name=docker.io/library/a:latest} a.tar"},
+		{buildOptions{outputs: []string{"type=oci,tar=false,dest=layout"}}, "oci{tar=false} dir layout"},
+		{buildOptions{outputs: []string{"type=docker,dest=a.tar,compression=zstd"}}, "docker{compression=zstd} a.tar"},
+		{buildOptions{outputs: []string{"type=docker"}}, "image{}"},
+		{buildOptions{outputs: []string{"out", "type=oci,dest=a.tar"}, load: true}, "local{} dir out; oci{} a.tar; image{}"},
+		{buildOptions{outputs: []string{"out"}, push: true, tags: []string{"a"}}, "local{} dir out; image{name=docker.io/library/a:latest push=true}"},
+		{buildOptions{outputs: []string{"type=image"}, push: true, load: true, tags: []string{"a"}}, "image{name=docker.io/library/a:latest push=true}"},
+		{buildOptions{outputs: []string{"type=cacheonly"}}, ""},
+		{buildOptions{outputs: []string{"type=cacheonly"}, load: true}, "image{}"},
+		{buildOptions{outputs: []string{"type=cacheonly"}, tags: []string{"a"}}, "error: none of the outputs"},
+		{buildOptions{outputs: []string{"type=cacheonly,dest=x"}}, "error: has no attributes"},
+		{buildOptions{outputs: []string{"out"}, tags: []string{"a"}}, "error: none of the outputs"},
+		{buildOptions{outputs: []string{"-", "type=oci"}}, "error: two outputs cannot both go"},
+		{buildOptions{outputs: []string{"type=oci,dest=a", "type=tar,dest=./a"}}, "error: two outputs cannot both be"},
+		{buildOptions{outputs: []string{"type=local"}}, "error: want dest=DIR"},
+		{buildOptions{outputs: []string{"type=local,dest=-"}}, "error: a directory cannot go"},
+		{buildOptions{outputs: []string{"file"}}, "error: not a directory"},
+		{buildOptions{outputs: []string{"type=tar,dest=."}}, "error: is a directory"},
+		{buildOptions{outputs: []string{"type=image,dest=x"}}, "error: has no dest"},
+		{buildOptions{outputs: []string{"dest=x"}}, "error: has no type"},
+		{buildOptions{outputs: []string{""}}, "error: empty"},
+		{buildOptions{outputs: []string{"type=oci,tar=maybe"}}, "error: tar=maybe"},
 	} {
-		solve := newSolveOpt()
-		err := tc.o.addExport(solve)
-		switch {
-		case tc.want == nil:
-			if err == nil {
-				t.Errorf("%+v is accepted", tc.o)
+		var got []string
+		out, err := tc.o.readOutputs(&bytes.Buffer{})
+		if err != nil {
+			got = []string{"error: " + err.Error()}
+		} else {
+			files := 0
+			for _, e := range out.exports {
+				var attrs []string
+				for _, k := range slices.Sorted(maps.Keys(e.Attrs)) {
+					attrs = append(attrs, k+"="+e.Attrs[k])
+				}
+				text := e.Type + "{" + strings.Join(attrs, " ") + "}"
+				switch {
+				case e.OutputDir != "":
+					text += " dir " + e.OutputDir
+				case e.Output != nil && files < len(out.files):
+					text += " " + filepath.Base(out.files[files].path)
+					files++
+				case e.Output != nil && out.toStdout:
+					text += " stdout"
+				}
+				got = append(got, text)
 			}
-		case err != nil:
-			t.Errorf("%+v: %v", tc.o, err)
-		case !maps.Equal(solve.Exports[0].Attrs, tc.want):
-			t.Errorf("%+v: %v", tc.o, solve.Exports[0].Attrs)
+		}
+		text := strings.Join(got, "; ")
+		if reason, ok := strings.CutPrefix(tc.want, "error: "); ok && strings.HasPrefix(text, "error: ") && strings.Contains(text, reason) {
+			continue
+		}
+		if text != tc.want {
+			t.Errorf("%q -t %q push %v load %v: %s, want %s", tc.o.outputs, tc.o.tags, tc.o.push, tc.o.load, text, tc.want)
 		}
 	}
-	solve := newSolveOpt()
-	o := buildOptions{output: "type=cacheonly"}
-	if err := o.addExport(solve); err != nil || len(solve.Exports) > 0 {
-		t.Errorf("cacheonly: %v, %v", solve.Exports, err)
+}
+
+// TestOutputFile: a file has its name only when the build has ended well.
+func TestOutputFile(t *testing.T) {
+	dir := t.TempDir()
+	dest := filepath.Join(dir, "new", "a.tar")
+	for _, good := range []bool{true, false} {
+		out := &outputs{}
+		if err := out.add(map[string]string{"type": "tar", "dest": dest}, nil); err != nil {
+			t.Fatal(err)
+		}
+		w, err := out.exports[0].Output(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(w, "good %v", good)
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if good {
+			if err := out.commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		out.discard()
+		if b, err := os.ReadFile(dest); err != nil || string(b) != "good true" {
+			t.Errorf("%q, %v", b, err)
+		}
+		if files, err := os.ReadDir(filepath.Dir(dest)); err != nil || len(files) != 1 {
+			t.Errorf("%v, %v", files, err)
+		}
+	}
+}
+
+func TestMirrorSparesTheContext(t *testing.T) {
+	dir := t.TempDir()
+	src := filepath.Join(dir, "src")
+	if err := os.Mkdir(src, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for dest, ok := range map[string]bool{dir: false, src: false, filepath.Join(src, "out"): true, filepath.Join(dir, "out"): true} {
+		out := &outputs{}
+		if err := out.add(map[string]string{"type": "local", "dest": dest, "mode": "delete"}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := out.checkMirrors(src); (err == nil) != ok {
+			t.Errorf("%s: %v", dest, err)
+		}
 	}
 }
 

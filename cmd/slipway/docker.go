@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"reflect"
 	"strings"
 	"text/tabwriter"
 	"text/template"
@@ -88,41 +89,60 @@ func (a *app) printJSON(v any) error {
 }
 
 // formatter prints values as --format asks for: one JSON document a line, or a Go template as docker has them. nil
-// means that the command's own form is wanted.
-func (a *app) formatter(format string) (func(any) error, error) {
-	switch format {
-	case "", "table":
+// means that the command's own form is wanted. A template is tried on other forms of the value when it does not fit the first.
+func (a *app) formatter(format string) (func(value any, others ...any) error, error) {
+	switch {
+	case format == "" || format == "table":
 		return nil, nil
-	case "json":
-		return a.printJSON, nil
+	case format == "json":
+		return func(value any, _ ...any) error { return a.printJSON(value) }, nil
+	case strings.HasPrefix(format, "table "):
+		return nil, fmt.Errorf("--format %q: not supported yet: a table of one's own columns (use the template alone)", format)
 	}
-	tmpl, err := template.New("").Funcs(template.FuncMap{
-		"json": func(v any) (string, error) {
-			var b bytes.Buffer
-			enc := json.NewEncoder(&b)
-			enc.SetEscapeHTML(false)
-			err := enc.Encode(v)
-			return strings.TrimSuffix(b.String(), "\n"), err
-		},
-		"join": func(list []any, sep string) string {
-			var out []string
-			for _, v := range list {
-				out = append(out, fmt.Sprint(v))
-			}
-			return strings.Join(out, sep)
-		},
-		"lower": strings.ToLower, "upper": strings.ToUpper, "println": fmt.Sprintln,
-	}).Option("missingkey=error").Parse(format)
+	tmpl, err := template.New("").Funcs(templateFuncs).Option("missingkey=error").Parse(format)
 	if err != nil {
 		return nil, fmt.Errorf("--format %q: %w (use json or a Go template)", format, err)
 	}
-	return func(v any) error {
-		if err := tmpl.Execute(a.out, v); err != nil {
+	return func(value any, others ...any) error {
+		var out bytes.Buffer
+		err := tmpl.Execute(&out, value)
+		for _, other := range others {
+			if err == nil {
+				break
+			}
+			out.Reset()
+			err = tmpl.Execute(&out, other)
+		}
+		if err != nil {
 			return fmt.Errorf("--format %q: %w", format, err)
 		}
-		fmt.Fprintln(a.out)
-		return nil
+		out.WriteByte('\n')
+		_, err = out.WriteTo(a.out)
+		return err
 	}, nil
+}
+
+// templateFuncs are docker's functions for templates.
+var templateFuncs = template.FuncMap{
+	"json": func(v any) (string, error) {
+		var b bytes.Buffer
+		enc := json.NewEncoder(&b)
+		enc.SetEscapeHTML(false)
+		err := enc.Encode(v)
+		return strings.TrimSuffix(b.String(), "\n"), err
+	},
+	"join": func(list any, sep string) (string, error) {
+		v := reflect.ValueOf(list)
+		if v.Kind() != reflect.Slice {
+			return "", fmt.Errorf("join of %T, which is no list", list)
+		}
+		var out []string
+		for i := range v.Len() {
+			out = append(out, fmt.Sprint(v.Index(i).Interface()))
+		}
+		return strings.Join(out, sep), nil
+	},
+	"lower": strings.ToLower, "upper": strings.ToUpper, "split": strings.Split, "println": fmt.Sprintln,
 }
 
 // shortID is the form of an ID that tables show.

@@ -62,7 +62,7 @@ func newHistoryCommand(a *app) *cobra.Command {
 			}
 			switch {
 			case quiet:
-				print = func(v any) error {
+				print = func(v any, _ ...any) error {
 					_, err := a.out.Write([]byte(v.(historyRow).ID + "\n"))
 					return err
 				}

@@ -33,30 +33,38 @@ func newInspectCommand(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			found := []json.RawMessage{}
+			var found []document
 			failed := a.eachArg(args, func(name string) error {
-				raw, err := inspect(cmd.Context(), cli, kind, name)
+				d, err := inspect(cmd.Context(), cli, kind, name)
 				if err == nil {
-					found = append(found, raw)
+					found = append(found, d)
 				}
 				return err
 			})
 			if print == nil {
-				data, err := json.MarshalIndent(found, "", "    ")
+				raws := []json.RawMessage{}
+				for _, d := range found {
+					raws = append(raws, d.raw)
+				}
+				data, err := json.MarshalIndent(raws, "", "    ")
 				if err != nil {
 					return err
 				}
 				fmt.Fprintf(a.out, "%s\n", data)
 				return failed
 			}
-			for _, raw := range found {
-				dec := json.NewDecoder(bytes.NewReader(raw))
+			for _, d := range found {
+				dec := json.NewDecoder(bytes.NewReader(d.raw))
 				dec.UseNumber() // sizes and times must not turn into floats
 				var v any
 				if err := dec.Decode(&v); err != nil {
 					return err
 				}
-				if err := print(v); err != nil {
+				values := []any{d.value, v} // docker's order
+				if format == "json" {
+					values = []any{v}
+				}
+				if err := print(values[0], values[1:]...); err != nil {
 					return err
 				}
 			}
@@ -68,24 +76,31 @@ func newInspectCommand(a *app) *cobra.Command {
 	return cmd
 }
 
+// document is what the engine knows about a thing: as its API's type, in which a template may name what is not set,
+// and as it came.
+type document struct {
+	value any
+	raw   json.RawMessage
+}
+
 // inspect returns the document of the container of that name or, failing that, of the image.
-func inspect(ctx context.Context, cli *mobyclient.Client, kind, name string) (json.RawMessage, error) {
+func inspect(ctx context.Context, cli *mobyclient.Client, kind, name string) (document, error) {
 	if kind != "image" {
 		res, err := cli.ContainerInspect(ctx, name, mobyclient.ContainerInspectOptions{})
 		if err == nil {
-			return res.Raw, nil
+			return document{res.Container, res.Raw}, nil
 		}
 		if !isNotFound(err) || kind == "container" {
-			return nil, apiError(err)
+			return document{}, apiError(err)
 		}
 	}
 	var raw bytes.Buffer
-	_, err := cli.ImageInspect(ctx, name, mobyclient.ImageInspectWithRawResponse(&raw))
+	res, err := cli.ImageInspect(ctx, name, mobyclient.ImageInspectWithRawResponse(&raw))
 	switch {
 	case err == nil:
-		return raw.Bytes(), nil
+		return document{res.InspectResponse, raw.Bytes()}, nil
 	case isNotFound(err) && kind == "":
-		return nil, &clientError{fmt.Sprintf("no such object: %s (neither a container nor an image of the local store; slipway pull fetches images)", name), errors.Unwrap(err)}
+		return document{}, &clientError{fmt.Sprintf("no such object: %s (neither a container nor an image of the local store; slipway pull fetches images)", name), errors.Unwrap(err)}
 	}
-	return nil, apiError(err)
+	return document{}, apiError(err)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"os"
 	"os/signal"
 	"strconv"
@@ -28,12 +29,15 @@ func commands(a *app) []*cobra.Command {
 		newImagesCommand(a),
 		newInspectCommand(a),
 		newHistoryCommand(a),
+		newExplainCommand(a),
+		newLogsCommand(a),
 		newTagCommand(a),
 		newRmiCommand(a),
 		newPsCommand(a),
 		newRmCommand(a),
 		newLoginCommand(a),
 		newLogoutCommand(a),
+		newCacheCommand(a),
 		newDaemonCommand(a),
 	}
 }
@@ -67,6 +71,7 @@ func (e *usageError) Unwrap() error { return e.err }
 
 // Main runs the program on os.Args and the standard streams and returns its exit code.
 func Main() int {
+	log.SetOutput(io.Discard) // the HTTP/2 library reports broken connections there, which come with an error anyway
 	ctx, stop := signalContext(context.Background())
 	defer stop()
 	a := newApp(os.Stdin, os.Stdout, os.Stderr)

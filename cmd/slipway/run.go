@@ -433,7 +433,11 @@ func (r *foreground) run(ctx context.Context, signals <-chan os.Signal) error {
 			if err != nil {
 				// Nobody reads what the command writes (our reader is gone): end it, as the signal would have ended it.
 				r.kill(ctx, syscall.SIGKILL)
-				<-wait.Result
+				conn.Close() // the engine must not wait for us to read the rest
+				select {
+				case <-wait.Result:
+				case <-wait.Error:
+				}
 				return &exitError{128 + int(syscall.SIGPIPE), nil}
 			}
 			output = nil // the end; the status follows

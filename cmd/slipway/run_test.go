@@ -67,7 +67,7 @@ func TestRunFlags(t *testing.T) {
 		!h.AutoRemove || h.Memory != 64<<20 || h.NanoCPUs != 1_500_000_000 || h.NetworkMode != "host" || !*h.Init || h.ExtraHosts[0] != "h:1.2.3.4" {
 		t.Errorf("config %+v\nhost %+v", c, h)
 	}
-	if c, _, err := parseRun(t, "image"); err != nil || c.Entrypoint != nil || c.Cmd != nil && len(c.Cmd) > 0 || len(c.ExposedPorts) != 0 {
+	if c, _, err := parseRun(t, "image"); err != nil || c.Entrypoint != nil || len(c.Cmd) > 0 || len(c.ExposedPorts) != 0 {
 		t.Errorf("without flags: %+v, %v", c, err)
 	}
 	for _, bad := range [][]string{

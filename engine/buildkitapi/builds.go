@@ -57,6 +57,14 @@ func (bs *builds) add(b *build) error {
 	return nil
 }
 
+// refuse lets those go on who wait for a build that will not begin: clients send Solve and Status side by side.
+func (bs *builds) refuse(ref string) {
+	b := &build{ref: ref, events: newEvents(), cancel: func(error) {}}
+	if ref != "" && bs.add(b) == nil {
+		bs.end(b)
+	}
+}
+
 // end says that b has ended; its events stay for a while.
 func (bs *builds) end(b *build) {
 	b.events.end()
@@ -68,6 +76,13 @@ func (bs *builds) end(b *build) {
 		delete(bs.byRef, bs.ended[0])
 		bs.ended = bs.ended[1:]
 	}
+}
+
+// find returns a build if it is known.
+func (bs *builds) find(ref string) *build {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	return bs.byRef[ref]
 }
 
 // get returns a build, which may be about to begin.

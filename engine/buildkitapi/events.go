@@ -83,18 +83,21 @@ func (e *events) wake() {
 	e.changed = make(chan struct{})
 }
 
-// end says that nothing will follow. Vertices that a frontend or op left open are closed.
-func (e *events) end() {
+// end says that nothing will follow. Vertices that a frontend or op left open are closed, by the event that it returns.
+func (e *events) end() *bkclient.SolveStatus {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.ended {
-		return
+		return nil
 	}
+	var last *bkclient.SolveStatus
 	if open := openVertices(e.list); len(open) > 0 {
-		e.list = append(e.list, &bkclient.SolveStatus{Vertexes: open})
+		last = &bkclient.SolveStatus{Vertexes: open}
+		e.list = append(e.list, last)
 	}
 	e.ended = true
 	e.wake()
+	return last
 }
 
 // openVertices returns the last state of each vertex that has begun and not ended, ended now.

@@ -23,7 +23,7 @@ type request struct {
 	definition   *pb.Definition
 	opts         map[string]string
 	inputs       map[string]*pb.Definition
-	exporter     exporter.Exporter // nil means none
+	exporters    []exporter.Exporter
 	entitlements []string
 	// localDirs and localIDs are where local sources come from, by name.
 	localDirs map[string]string
@@ -125,24 +125,22 @@ func (s *Server) parseExporters(req *controlapi.SolveRequest, r *request) error 
 	if len(exporters) == 0 && req.ExporterDeprecated != "" {
 		exporters = []*controlapi.Exporter{{Type: req.ExporterDeprecated, Attrs: req.ExporterAttrsDeprecated}}
 	}
-	switch len(exporters) {
-	case 0:
-		return nil
-	case 1:
-	default:
-		return notSupported("several exporters")
-	}
-	attrs := maps.Clone(exporters[0].GetAttrs())
-	if attrs == nil {
-		attrs = map[string]string{}
-	}
-	// As BuildKit does: the build argument counts for the exporter as well.
-	if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
-		if _, ok := attrs["source-date-epoch"]; !ok && epoch != "" {
-			attrs["source-date-epoch"] = epoch
+	for _, given := range exporters {
+		attrs := maps.Clone(given.GetAttrs())
+		if attrs == nil {
+			attrs = map[string]string{}
 		}
+		// As BuildKit does: the build argument counts for the exporter as well.
+		if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
+			if _, ok := attrs["source-date-epoch"]; !ok && epoch != "" {
+				attrs["source-date-epoch"] = epoch
+			}
+		}
+		e, err := s.Exporters.New(given.GetType(), attrs)
+		if err != nil {
+			return err
+		}
+		r.exporters = append(r.exporters, e)
 	}
-	var err error
-	r.exporter, err = s.Exporters.New(exporters[0].GetType(), attrs)
-	return err
+	return nil
 }

@@ -11,10 +11,13 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	apitypes "github.com/moby/buildkit/api/types"
@@ -31,7 +34,9 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
+	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/engine/history"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -44,14 +49,6 @@ const BuildKitVersion = "v0.34.2"
 // maxMessage is BuildKit's own bound for a gRPC message, in bytes.
 const maxMessage = 16 << 20
 
-// Usage is one thing that takes room in the store.
-type Usage struct {
-	ID          string
-	Kind        string
-	Description string
-	SizeBytes   int64
-}
-
 // Options are what the API is made of.
 type Options struct {
 	Solver *solver.Solver
@@ -60,7 +57,11 @@ type Options struct {
 	Images    gateway.ImageResolver
 	Exporters exporter.Types
 	// DiskUsage lists what the store holds.
-	DiskUsage func(ctx context.Context) ([]Usage, error)
+	DiskUsage func(ctx context.Context, filter cache.UsageFilter) ([]cache.Usage, error)
+	// Prune deletes what policies say.
+	Prune func(ctx context.Context, policies []cache.Policy) (cache.Pruned, error)
+	// Policies are by what the engine collects garbage itself.
+	Policies []cache.Policy
 	// Dir is for directories that clients send; what is in it does not outlive the process.
 	Dir string
 	// Jobs bounds the steps that one build runs at once; 0 is the solver's default.
@@ -72,6 +73,10 @@ type Options struct {
 	Version string
 	// Begin is called before every build and what it returns after it, however it ended. May be nil.
 	Begin func(ref string) (end func())
+	// History keeps what is known of builds that have ended.
+	History *history.Store
+	// Collect is called when something has been deleted from the history: other blobs may not be needed any more. May be nil.
+	Collect func()
 	// Idle is called when the last build has ended; none begins before it returns. May be nil.
 	Idle func()
 	Log  *slog.Logger
@@ -90,6 +95,8 @@ type Server struct {
 	activity sync.Mutex // guards what follows
 	running  int        // builds
 	received []string   // directories that clients have sent for builds that have ended
+	// unsettled are the builds that have answered while something is still written down; closed when it is.
+	unsettled map[chan struct{}]bool
 }
 
 // enter begins a build.
@@ -97,6 +104,38 @@ func (s *Server) enter() {
 	s.activity.Lock()
 	defer s.activity.Unlock()
 	s.running++
+}
+
+// settling says that a build is about to answer, and what it returns that nothing of it is left to do.
+func (s *Server) settling() (ended func()) {
+	done := make(chan struct{})
+	s.activity.Lock()
+	defer s.activity.Unlock()
+	if s.unsettled == nil {
+		s.unsettled = map[chan struct{}]bool{}
+	}
+	s.unsettled[done] = true
+	return func() {
+		s.activity.Lock()
+		defer s.activity.Unlock()
+		delete(s.unsettled, done)
+		close(done)
+	}
+}
+
+// settle waits for the builds that have answered before, so that nothing is in use because of them.
+func (s *Server) settle(ctx context.Context) error {
+	s.activity.Lock()
+	unsettled := slices.Collect(maps.Keys(s.unsettled))
+	s.activity.Unlock()
+	for _, done := range unsettled {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // leave ends a build. Directories that were sent for it go with the last build: another one may have found that it
@@ -153,6 +192,7 @@ func (s *Server) NewGRPC() *grpc.Server {
 	)
 	controlapi.RegisterControlServer(g, s)
 	gwpb.RegisterLLBBridgeServer(g, s.bridges)
+	contentapi.RegisterContentServer(g, &contentServer{history: s.History})
 	grpc_health_v1.RegisterHealthServer(g, s.health)
 	return g
 }
@@ -161,7 +201,10 @@ func (s *Server) NewGRPC() *grpc.Server {
 func (s *Server) Active() int { return s.builds.active() }
 
 // Cancel ends all running builds.
-func (s *Server) Cancel(cause error) { s.builds.cancelAll(cause) }
+func (s *Server) Cancel(cause error) {
+	s.builds.cancelAll(cause)
+	s.History.Close()
+}
 
 // Close waits for what goes on after builds. All builds must have ended.
 func (s *Server) Close() error {
@@ -202,41 +245,9 @@ func (s *Server) ListWorkers(_ context.Context, req *controlapi.ListWorkersReque
 		ID:              s.WorkerID,
 		Labels:          s.Options.Labels(),
 		Platforms:       pb.PlatformsFromSpec(Platforms()),
+		GCPolicy:        gcPolicies(s.Policies),
 		BuildkitVersion: s.version(),
 	}}}, nil
-}
-
-// DiskUsage implements the Control API.
-func (s *Server) DiskUsage(ctx context.Context, req *controlapi.DiskUsageRequest) (*controlapi.DiskUsageResponse, error) {
-	if len(req.Filter) > 0 || req.AgeLimit != 0 {
-		return nil, status.Error(codes.Unimplemented, "not supported yet: filters for disk usage")
-	}
-	usage, err := s.Options.DiskUsage(ctx)
-	if err != nil {
-		return nil, err
-	}
-	response := &controlapi.DiskUsageResponse{}
-	for _, u := range usage {
-		response.Record = append(response.Record, &controlapi.UsageRecord{
-			ID: u.ID, Size: u.SizeBytes, Description: u.Description, RecordType: u.Kind,
-		})
-	}
-	return response, nil
-}
-
-// Prune implements the Control API.
-func (s *Server) Prune(*controlapi.PruneRequest, controlapi.Control_PruneServer) error {
-	return status.Error(codes.Unimplemented, "not supported yet: prune")
-}
-
-// ListenBuildHistory implements the Control API.
-func (s *Server) ListenBuildHistory(*controlapi.BuildHistoryRequest, controlapi.Control_ListenBuildHistoryServer) error {
-	return status.Error(codes.Unimplemented, "not supported yet: build history")
-}
-
-// UpdateBuildHistory implements the Control API.
-func (s *Server) UpdateBuildHistory(context.Context, *controlapi.UpdateBuildHistoryRequest) (*controlapi.UpdateBuildHistoryResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "not supported yet: build history")
 }
 
 // Session implements the Control API: the stream becomes a connection on which the client is the server.

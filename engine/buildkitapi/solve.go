@@ -5,6 +5,7 @@ package buildkitapi
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
@@ -28,21 +30,34 @@ import (
 func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*controlapi.SolveResponse, error) {
 	req, err := s.parse(ctx, in)
 	if err != nil {
+		s.builds.refuse(in.Ref)
 		return nil, err
 	}
 	session := &clientSession{manager: s.sessions, id: req.session, localIDs: req.localIDs, direct: req.localDirs, dir: s.Dir}
 	s.enter()
 	defer func() { s.leave(session.received()) }()
+	end := func() {}
 	if s.Begin != nil {
-		defer s.Begin(req.ref)()
+		end = s.Begin(req.ref)
 	}
+	// What comes after the build is written down in the background, under what Begin holds.
+	after := func() {}
+	defer func() {
+		ended := s.settling()
+		s.cleanups.Go(func() {
+			defer ended()
+			after()
+			end()
+		})
+	}()
 	started := time.Now()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	b := &build{ref: req.ref, events: newEvents(), cancel: cancel}
+	recorder := newRecorder(b.events)
 	pull := req.opts["image-resolve-mode"] == "pull"
 	solverBuild := s.Solver.NewBuild(solver.BuildOptions{
-		ID: req.ref, Session: session, Writer: b.events, Pull: pull, Jobs: s.Jobs,
+		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Jobs: s.Jobs,
 	})
 	client, err := gateway.New(gateway.Options{
 		Build:        solverBuild,
@@ -51,7 +66,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Session:      session,
 		Pull:         pull,
 		BuildID:      req.ref,
-		Writer:       b.events,
+		Writer:       recorder,
 		SessionID:    req.session,
 		Workers:      s.workers(),
 		Frontends:    map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
@@ -68,17 +83,20 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		solverBuild.Close()
 		return nil, err
 	}
-	defer func() {
-		solverBuild.Close()
-		s.builds.end(b)
-	}()
-
+	record := s.beginHistory(in, req, started)
 	response, err := s.run(ctx, b, client, session, req)
 	if err != nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 			err = cause
 		}
 	}
+	solverBuild.Close()
+	recorder.end()
+	record.CompletedAt = timestamppb.Now()
+	s.History.Closing(req.ref)
+	s.builds.end(b)
+	reports := solverBuild.Reports()
+	after = func() { s.finishHistory(record, recorder, req, reports, response, err) }
 	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
 	if err != nil {
 		return nil, err
@@ -104,13 +122,9 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if err != nil {
 		return nil, err
 	}
-	response := map[string]string{}
-	if req.exporter != nil {
-		exported, err := s.export(ctx, b, client, session, req.exporter, result)
-		if err != nil {
-			return nil, err
-		}
-		maps.Copy(response, exported)
+	response, err := s.exportAll(ctx, b, client, session, req.exporters, result)
+	if err != nil {
+		return nil, err
 	}
 	for key, value := range result.Metadata {
 		if strings.HasPrefix(key, "frontend.") {
@@ -147,14 +161,35 @@ func evaluate(ctx context.Context, res *gwclient.Result) (exporter.Result, error
 	return exporter.NewResult(res.Metadata, snapshots)
 }
 
+// exportAll runs all exporters at once. Of what they tell the client the last one's word counts.
+func (s *Server) exportAll(ctx context.Context, b *build, client *gateway.Client, session *clientSession, exporters []exporter.Exporter, r exporter.Result) (map[string]string, error) {
+	responses := make([]map[string]string, len(exporters))
+	group, ctx := errgroup.WithContext(ctx)
+	for i, e := range exporters {
+		group.Go(func() (err error) {
+			responses[i], err = s.export(ctx, b, client, clientOutput{session, i}, e, r)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	response := map[string]string{}
+	for _, exported := range responses {
+		maps.Copy(response, exported)
+	}
+	return response, nil
+}
+
 // export runs the exporter, shown as a vertex of the build.
-func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, session *clientSession, e exporter.Exporter, r exporter.Result) (map[string]string, error) {
+func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, output clientOutput, e exporter.Exporter, r exporter.Result) (map[string]string, error) {
 	var response map[string]string
-	id := digest.FromString("export " + b.ref)
+	id := digest.FromString(fmt.Sprintf("export %s %d", b.ref, output.id))
 	err := client.Step(ctx, e.Name(), id, func(env *solver.Env) (err error) {
 		response, err = e.Export(ctx, r, exporter.Options{
 			Progress:    env.Progress,
-			Credentials: session.Credentials,
+			Credentials: output.session.Credentials,
+			Output:      output,
 		})
 		return err
 	})
@@ -168,6 +203,11 @@ const timestampKey = "buildkit-current-timestamp"
 func (s *Server) Status(req *controlapi.StatusRequest, stream controlapi.Control_StatusServer) error {
 	if err := stream.SendHeader(metadata.Pairs(timestampKey, time.Now().Format(time.RFC3339Nano))); err != nil {
 		return err
+	}
+	if s.builds.find(req.Ref) == nil {
+		if found, err := s.sendKept(req.Ref, stream); found || err != nil {
+			return err
+		}
 	}
 	b, err := s.builds.get(stream.Context(), req.Ref)
 	if err != nil {

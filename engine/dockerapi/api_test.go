@@ -449,8 +449,10 @@ func TestPullAndPush(t *testing.T) {
 		lines = append(lines, m.ID+" "+m.Status)
 	}
 	layer := digest.FromString("l").Encoded()[:12]
-	want := []string{"v1 Pulling from a/b", layer + " Pulling fs layer", layer + " Downloading", layer + " Pull complete",
-		" Digest: " + digest.FromString("m").String(), " Status: Downloaded newer image for host:5000/a/b:v1"}
+	want := []string{
+		"v1 Pulling from a/b", layer + " Pulling fs layer", layer + " Downloading", layer + " Pull complete",
+		" Digest: " + digest.FromString("m").String(), " Status: Downloaded newer image for host:5000/a/b:v1",
+	}
 	if !slices.Equal(lines, want) {
 		t.Errorf("messages:\n%s\nwant:\n%s", strings.Join(lines, "\n"), strings.Join(want, "\n"))
 	}

@@ -474,8 +474,22 @@ func (c *ctr) signal(sig syscall.Signal) error {
 		}
 		return fmt.Errorf("signal container %s: %w", c.name, err)
 	}
+	if sig == syscall.SIGKILL {
+		// A process that is dead has ended only when its output was taken: a client that does not read must not hold that up.
+		time.AfterFunc(drainTimeout, func() {
+			c.mu.Lock()
+			same := c.process == process
+			c.mu.Unlock()
+			if same {
+				c.streams.finish()
+			}
+		})
+	}
 	return nil
 }
+
+// drainTimeout is how long clients have to read the last output of a container that was killed, as in docker.
+const drainTimeout = 2 * time.Second
 
 // stop asks c's process to end and kills it when it has not within timeout (negative: never).
 func (s *Server) stop(ctx context.Context, c *ctr, sig syscall.Signal, timeout time.Duration) error {

@@ -169,7 +169,8 @@ func (s *Server) containerAttach(r *request) error {
 func unread(conn net.Conn, buffered interface {
 	Buffered() int
 	Peek(int) ([]byte, error)
-}) io.Reader {
+},
+) io.Reader {
 	n := buffered.Buffered()
 	if n == 0 {
 		return conn

@@ -122,7 +122,9 @@ func TestPlan(t *testing.T) {
 	s := p.spec
 	if want := []executor.Port{
 		{HostIP: "127.0.0.1", HostPort: 5353, ContainerPort: 53, Protocol: "udp"},
-		{ContainerPort: 80, Protocol: "tcp"}, {HostPort: 8080, ContainerPort: 80, Protocol: "tcp"}, {HostIP: "::", ContainerPort: 80, Protocol: "tcp"},
+		{ContainerPort: 80, Protocol: "tcp"},
+		{HostPort: 8080, ContainerPort: 80, Protocol: "tcp"},
+		{HostIP: "::", ContainerPort: 80, Protocol: "tcp"},
 	}; !slices.Equal(s.Ports, want) {
 		t.Errorf("ports %+v, want %+v", s.Ports, want)
 	}

@@ -204,16 +204,6 @@ func (e *fakeExecutor) Start(ctx context.Context, s executor.Spec, stdio executo
 	return p, nil
 }
 
-func (e *fakeExecutor) last(t *testing.T) executor.Spec {
-	t.Helper()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.specs) == 0 {
-		t.Fatal("nothing was started")
-	}
-	return e.specs[len(e.specs)-1]
-}
-
 func (p *fakeProcess) Wait() (executor.Exit, error) { <-p.done; return p.exit, nil }
 func (p *fakeProcess) Signal(s syscall.Signal) error {
 	select {
@@ -223,7 +213,9 @@ func (p *fakeProcess) Signal(s syscall.Signal) error {
 		return nil
 	}
 }
+
 func (p *fakeProcess) Resize(rows, cols uint16) error { p.sizes <- [2]uint16{rows, cols}; return nil }
+
 func (p *fakeProcess) Ports() []executor.Port {
 	out := slices.Clone(p.spec.Ports)
 	for i := range out {

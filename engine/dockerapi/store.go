@@ -112,16 +112,20 @@ func (s *storeImages) assemble(ctx context.Context, names []image.Image) (Image,
 		}
 	}
 	digests := map[string]bool{}
+	known := map[string]bool{} // repositories of which a registry's digest is known
 	for _, n := range names {
-		switch {
-		case n.Name == "":
-		case strings.Contains(n.Name, "@"):
-			digests[n.Name] = true
-		default:
-			out.Names = append(out.Names, n.Name)
-			if named, err := reference.ParseNormalizedNamed(n.Name); err == nil {
-				digests[named.Name()+"@"+n.Target.Digest.String()] = true
-			}
+		if repo, _, ok := strings.Cut(n.Name, "@"); ok {
+			digests[n.Name], known[repo] = true, true
+		}
+	}
+	for _, n := range names {
+		if n.Name == "" || strings.Contains(n.Name, "@") {
+			continue
+		}
+		out.Names = append(out.Names, n.Name)
+		// What was built here becomes another manifest by the compression of its layers when it is pushed.
+		if named, err := reference.ParseNormalizedNamed(n.Name); err == nil && !known[named.Name()] {
+			digests[named.Name()+"@"+n.Target.Digest.String()] = true
 		}
 	}
 	slices.Sort(out.Names)

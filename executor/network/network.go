@@ -39,7 +39,7 @@ const (
 	// lockFile is held while an engine looks for a free subnet, so that two that start together do not pick one.
 	lockFile = "/run/slipway-network.lock"
 	// defaultPoolSize is how many namespaces are kept ready: making one takes milliseconds, taking one none.
-	defaultPoolSize = 2
+	defaultPoolSize = 4
 	defaultMTU      = 1500
 )
 
@@ -47,7 +47,7 @@ const (
 type Options struct {
 	// Root is the engine's state directory; the names on the host are made from it.
 	Root string
-	// PoolSize is how many namespaces are kept ready once the first has been asked for; 0 means 2.
+	// PoolSize is how many namespaces are kept for the next containers at most; 0 means 4.
 	PoolSize int
 	// Log gets what goes wrong in the background; nil means slog.Default.
 	Log *slog.Logger
@@ -422,9 +422,10 @@ func (n *Network) Release(ns *Namespace, reusable bool) {
 	n.destroy(ns)
 }
 
-// fillLocked starts making a namespace if the pool is short of one. n.mu is held.
+// fillLocked starts making a namespace when none is ready. Not before: those in use come back, and steps that run one
+// after the other would have one made and one deleted for each. n.mu is held.
 func (n *Network) fillLocked() {
-	if n.closed || n.filling > 0 || len(n.ready) >= n.poolSize {
+	if n.closed || n.filling > 0 || len(n.ready) > 0 {
 		return
 	}
 	n.filling++

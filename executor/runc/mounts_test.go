@@ -59,46 +59,56 @@ func TestMounts(t *testing.T) {
 		want   string
 	}{
 		{
-			"bind directory", []executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/a/b"}},
+			"bind directory",
+			[]executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/a/b"}},
 			"cat /a/b/file; echo new >/a/b/new && cat /a/b/new", "content\nnew\n",
 		},
 		{
-			"bind file read-only", []executor.Mount{{Kind: executor.MountBind, Source: filepath.Join(src, "file"), Target: "/x/y/file", Readonly: true}},
+			"bind file read-only",
+			[]executor.Mount{{Kind: executor.MountBind, Source: filepath.Join(src, "file"), Target: "/x/y/file", Readonly: true}},
 			"cat /x/y/file; echo no >/x/y/file || echo refused", "content\nrefused\n",
 		},
 		{
-			"bind read-only recursive", []executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/a", Readonly: true, Recursive: true}},
+			"bind read-only recursive",
+			[]executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/a", Readonly: true, Recursive: true}},
 			"cat /a/file; touch /a/no || echo refused; touch /a/sub/no || echo refused", "content\nrefused\nrefused\n",
 		},
 		{
-			"noexec", []executor.Mount{{Kind: executor.MountTmpfs, Target: "/t", NoExec: true}},
+			"noexec",
+			[]executor.Mount{{Kind: executor.MountTmpfs, Target: "/t", NoExec: true}},
 			"cp /bin/busybox /t/true; /t/true || echo refused", "refused\n",
 		},
 		{
-			"tmpfs", []executor.Mount{{Kind: executor.MountTmpfs, Target: "/t", SizeBytes: 1 << 20, Mode: 0o700}},
+			"tmpfs",
+			[]executor.Mount{{Kind: executor.MountTmpfs, Target: "/t", SizeBytes: 1 << 20, Mode: 0o700}},
 			"stat -c %a /t; dd if=/dev/zero of=/t/f bs=1M count=2 2>/dev/null || echo full", "700\nfull\n",
 		},
 		{
-			"tmpfs over an existing directory", []executor.Mount{{Kind: executor.MountTmpfs, Target: "/old"}},
+			"tmpfs over an existing directory",
+			[]executor.Mount{{Kind: executor.MountTmpfs, Target: "/old"}},
 			"ls /old; stat -c %a /old", "1777\n",
 		},
 		{
-			"order", []executor.Mount{
+			"order",
+			[]executor.Mount{
 				{Kind: executor.MountTmpfs, Target: "/t"},
 				{Kind: executor.MountBind, Source: filepath.Join(src, "file"), Target: "/t/deep/file"},
 			},
 			"cat /t/deep/file", "content\n",
 		},
 		{
-			"through a symlink", []executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/link/in"}},
+			"through a symlink",
+			[]executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/link/in"}},
 			"cat /link/in/file /real/in/file", "content\ncontent\n",
 		},
 		{
-			"symlinks cannot leave", []executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/out/in"}},
+			"symlinks cannot leave",
+			[]executor.Mount{{Kind: executor.MountBind, Source: src, Target: "/out/in"}},
 			"cat /out/in/file; ls -d /outside", "content\n/outside\n",
 		},
 		{
-			"over a generated file", []executor.Mount{{Kind: executor.MountBind, Source: filepath.Join(src, "file"), Target: "/etc/hosts"}},
+			"over a generated file",
+			[]executor.Mount{{Kind: executor.MountBind, Source: filepath.Join(src, "file"), Target: "/etc/hosts"}},
 			"cat /etc/hosts", "content\n",
 		},
 	} {

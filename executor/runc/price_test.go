@@ -8,9 +8,11 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -31,14 +33,23 @@ func BenchmarkTrue(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer n.Close()
-	r, err := runc.New(runc.Options{StateDir: b.TempDir(), Network: n})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer r.Close()
 	rootfs := runctest.Rootfs(b)
-	for _, mode := range []executor.NetworkMode{executor.NetworkHost, executor.NetworkNone, executor.NetworkBridge} {
-		b.Run(string(mode), func(b *testing.B) {
+	for _, v := range []struct {
+		name     string
+		mode     executor.NetworkMode
+		standard bool
+	}{
+		{"host", executor.NetworkHost, false},
+		{"none", executor.NetworkNone, false},
+		{"bridge", executor.NetworkBridge, false},
+		{"bridge, libcontainer's init", executor.NetworkBridge, true},
+	} {
+		b.Run(v.name, func(b *testing.B) {
+			r, err := runc.New(runc.Options{StateDir: b.TempDir(), Network: n, StandardInit: v.standard})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer r.Close()
 			var took []time.Duration
 			i := 0
 			cpu := cpuTime(b, r)
@@ -47,7 +58,7 @@ func BenchmarkTrue(b *testing.B) {
 				start := time.Now()
 				p, err := r.Start(b.Context(), executor.Spec{
 					ID: fmt.Sprintf("b%d-%d", os.Getpid(), i), Rootfs: rootfs, Args: []string{"/bin/true"}, Env: []string{"PATH=/bin"},
-					Cwd: "/", Network: mode, NoNewPrivileges: true,
+					Cwd: "/", Network: v.mode,
 				}, executor.IO{})
 				if err != nil {
 					b.Fatal(err)
@@ -63,6 +74,42 @@ func BenchmarkTrue(b *testing.B) {
 			b.ReportMetric(float64(took[0].Microseconds())/1000, "ms/step(min)")
 		})
 	}
+}
+
+// BenchmarkFloor is the least that a container can cost from Go: a process in namespaces of its own, changed to its root.
+func BenchmarkFloor(b *testing.B) {
+	if os.Geteuid() != 0 {
+		b.Skip("needs root: SKIPPED")
+	}
+	rootfs := runctest.Rootfs(b)
+	usage := func() time.Duration {
+		var sum time.Duration
+		for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+			var u unix.Rusage
+			if err := unix.Getrusage(who, &u); err != nil {
+				b.Fatal(err)
+			}
+			sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+		}
+		return sum
+	}
+	var took []time.Duration
+	cpu := usage()
+	for b.Loop() {
+		start := time.Now()
+		cmd := exec.Cmd{Path: "/bin/true", Dir: "/", SysProcAttr: &syscall.SysProcAttr{
+			Chroot:     rootfs,
+			Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
+		}}
+		if err := cmd.Run(); err != nil {
+			b.Fatal(err)
+		}
+		took = append(took, time.Since(start))
+	}
+	b.ReportMetric(float64((usage()-cpu).Microseconds())/1000/float64(len(took)), "cpu-ms/step")
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "ms/step(median)")
+	b.ReportMetric(float64(took[0].Microseconds())/1000, "ms/step(min)")
 }
 
 // cpuTime is what this process, the runner and everything that the runner has waited for have used. Unlike the wall

@@ -13,6 +13,7 @@ import (
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 
 	"github.com/seed-68981b69/slipway/cache/image"
+	"github.com/seed-68981b69/slipway/exporter"
 )
 
 // attrs are the options of one export.
@@ -23,7 +24,8 @@ type attrs struct {
 	docker bool // Docker's media types instead of OCI's
 	epoch  *time.Time
 	// epochSet says that source-date-epoch was given, perhaps as "", which turns off what the frontend says.
-	epochSet bool
+	epochSet    bool
+	annotations Annotations
 }
 
 // parseAttrs refuses what this exporter does not do, by name.
@@ -36,50 +38,43 @@ func parseAttrs(given map[string]string) (attrs, error) {
 		var err error
 		switch k := exptypes.ImageExporterOptKey(key); k {
 		case exptypes.OptKeyName:
-			for name := range strings.SplitSeq(value, ",") {
-				if name = strings.TrimSpace(name); name == "" {
-					continue
-				}
-				if name != "*" {
-					if _, err := image.Normalize(name); err != nil {
-						return attrs{}, err
-					}
-					if strings.Contains(name, "@") {
-						return attrs{}, fmt.Errorf("image name %q: a name to be given cannot have a digest", name)
-					}
-				}
-				a.names = append(a.names, name)
+			if a.names, err = ParseNames(value); err != nil {
+				return attrs{}, err
 			}
 		case exptypes.OptKeyPush:
-			a.push, err = parseBool(value)
+			a.push, err = ParseBool(value)
 		case exptypes.OptKeyStore:
-			a.store, err = parseBool(value)
+			a.store, err = ParseBool(value)
 		case exptypes.OptKeyOCITypes:
-			on, err = parseBool(value)
+			on, err = ParseBool(value)
 			a.docker = !on
 		case exptypes.OptKeyUnpack:
 			// Images of our store are always ready to run.
-			_, err = parseBool(value)
+			_, err = ParseBool(value)
 		case exptypes.OptKeySourceDateEpoch:
 			a.epochSet = true
-			a.epoch, err = parseEpoch(value)
+			a.epoch, err = ParseEpoch(value)
 		case exptypes.OptKeyLayerCompression:
 			compression = value
 		case exptypes.OptKeyPushByDigest, exptypes.OptKeyInsecure, exptypes.OptKeyNameCanonical, exptypes.OptKeyOCIArtifact,
 			exptypes.OptKeyForceCompression, exptypes.OptKeyRewriteTimestamp, exptypes.OptKeyPreferNondistLayers,
 			exptypes.OptKeyDanglingEmptyOnly:
-			if on, err = parseBool(value); on {
-				return attrs{}, notSupported(key, value)
+			if on, err = ParseBool(value); on {
+				return attrs{}, NotSupported(key, value)
 			}
 		default:
-			return attrs{}, notSupported(key, value)
+			if ok, aerr := a.annotations.Add(key, value); !ok {
+				return attrs{}, NotSupported(key, value)
+			} else {
+				err = aerr
+			}
 		}
 		if err != nil {
 			return attrs{}, fmt.Errorf("attribute %s=%s: %w", key, value, err)
 		}
 	}
 	if compression != "" && (compression != "gzip" || !a.push) {
-		return attrs{}, notSupported(string(exptypes.OptKeyLayerCompression), compression)
+		return attrs{}, NotSupported(string(exptypes.OptKeyLayerCompression), compression)
 	}
 	if a.push && len(a.names) == 0 {
 		return attrs{}, fmt.Errorf("push needs a name: give the image one that begins with its registry")
@@ -90,12 +85,13 @@ func parseAttrs(given map[string]string) (attrs, error) {
 	return a, nil
 }
 
-func notSupported(key, value string) error {
+// NotSupported is the error for an attribute that is not honoured.
+func NotSupported(key, value string) error {
 	return fmt.Errorf("attribute not supported yet: %s=%s", key, value)
 }
 
-// parseBool reads a boolean; a key without a value means true.
-func parseBool(value string) (bool, error) {
+// ParseBool reads a boolean; a key without a value means true.
+func ParseBool(value string) (bool, error) {
 	if value == "" {
 		return true, nil
 	}
@@ -106,8 +102,8 @@ func parseBool(value string) (bool, error) {
 	return b, nil
 }
 
-// parseEpoch reads SOURCE_DATE_EPOCH; "" means none.
-func parseEpoch(value string) (*time.Time, error) {
+// ParseEpoch reads SOURCE_DATE_EPOCH; "" means none.
+func ParseEpoch(value string) (*time.Time, error) {
 	if value == "" {
 		return nil, nil
 	}
@@ -117,4 +113,49 @@ func parseEpoch(value string) (*time.Time, error) {
 	}
 	t := time.Unix(s, 0).UTC()
 	return &t, nil
+}
+
+// ParseNames reads the attribute "name": names with commas between them, as they were given. "*" stands for the name that
+// the frontend chooses.
+func ParseNames(value string) ([]string, error) {
+	var names []string
+	for name := range strings.SplitSeq(value, ",") {
+		if name = strings.TrimSpace(name); name == "" {
+			continue
+		}
+		if name != "*" {
+			if _, err := image.Normalize(name); err != nil {
+				return nil, err
+			}
+			if strings.Contains(name, "@") {
+				return nil, fmt.Errorf("image name %q: a name to be given cannot have a digest", name)
+			}
+		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+// Names are the full forms of what ParseNames returned, each once, for the image of r.
+func Names(given []string, r exporter.Result) ([]string, error) {
+	var names []string
+	for _, name := range given {
+		meant := []string{name}
+		if name == "*" {
+			meant = strings.Split(string(r.Metadata[exptypes.ExporterImageNameKey]), ",")
+		}
+		for _, name := range meant {
+			if name == "" {
+				continue
+			}
+			full, err := image.Normalize(name)
+			if err != nil {
+				return nil, err
+			}
+			if !slices.Contains(names, full) {
+				names = append(names, full)
+			}
+		}
+	}
+	return names, nil
 }

@@ -56,30 +56,52 @@ func TestHistory(t *testing.T) {
 		steps   []int
 		want    []string
 	}{
-		{name: "all agree", history: lines("FROM", "(ENV a)", "RUN b", "COPY c"), layers: 3,
-			want: []string{"FROM", "(ENV a)", "RUN b", "COPY c"}},
+		{
+			name: "all agree", history: lines("FROM", "(ENV a)", "RUN b", "COPY c"), layers: 3,
+			want: []string{"FROM", "(ENV a)", "RUN b", "COPY c"},
+		},
 		{name: "scratch", want: nil},
-		{name: "a RUN that changed nothing, steps known", history: lines("ADD base", "RUN true", "RUN touch x", "(CMD)"), base: lines("ADD base"),
-			layers: 2, steps: []int{1, 0, 1}, want: []string{"ADD base", "(RUN true)", "RUN touch x", "(CMD)"}},
-		{name: "a RUN that changed nothing, steps not known", history: lines("ADD base", "COPY a", "RUN true"), base: lines("ADD base"),
-			layers: 2, want: []string{"ADD base", "COPY a", "(RUN true)"}},
-		{name: "WORKDIR changes nothing before RUN does", history: lines("ADD base", "WORKDIR /a", "RUN x", "COPY y"), base: lines("ADD base"),
-			layers: 3, want: []string{"ADD base", "(WORKDIR /a)", "RUN x", "COPY y"}},
-		{name: "the base keeps its layers", history: lines("RUN base", "COPY a"), base: lines("RUN base"),
-			layers: 1, want: []string{"RUN base", "(COPY a)"}},
-		{name: "a step with two layers", history: lines("ADD base", "COPY --link a", "RUN b"), base: lines("ADD base"),
-			layers: 4, steps: []int{1, 2, 1}, want: []string{"ADD base", "COPY --link a", "COPY --link a", "RUN b"}},
-		{name: "layers without lines", history: lines("(ENV a)"), layers: 2,
-			want: []string{"(ENV a)", "created by slipway", "created by slipway"}},
+		{
+			name: "a RUN that changed nothing, steps known", history: lines("ADD base", "RUN true", "RUN touch x", "(CMD)"), base: lines("ADD base"),
+			layers: 2, steps: []int{1, 0, 1}, want: []string{"ADD base", "(RUN true)", "RUN touch x", "(CMD)"},
+		},
+		{
+			name: "a RUN that changed nothing, steps not known", history: lines("ADD base", "COPY a", "RUN true"), base: lines("ADD base"),
+			layers: 2, want: []string{"ADD base", "COPY a", "(RUN true)"},
+		},
+		{
+			name: "WORKDIR changes nothing before RUN does", history: lines("ADD base", "WORKDIR /a", "RUN x", "COPY y"), base: lines("ADD base"),
+			layers: 3, want: []string{"ADD base", "(WORKDIR /a)", "RUN x", "COPY y"},
+		},
+		{
+			name: "the base keeps its layers", history: lines("RUN base", "COPY a"), base: lines("RUN base"),
+			layers: 1, want: []string{"RUN base", "(COPY a)"},
+		},
+		{
+			name: "a step with two layers", history: lines("ADD base", "COPY --link a", "RUN b"), base: lines("ADD base"),
+			layers: 4, steps: []int{1, 2, 1}, want: []string{"ADD base", "COPY --link a", "COPY --link a", "RUN b"},
+		},
+		{
+			name: "layers without lines", history: lines("(ENV a)"), layers: 2,
+			want: []string{"(ENV a)", "created by slipway", "created by slipway"},
+		},
 		{name: "no history at all", layers: 1, want: []string{"created by slipway"}},
-		{name: "more lines than layers", history: lines("COPY a", "COPY b", "COPY c"), layers: 1,
-			want: []string{"COPY a", "(COPY b)", "(COPY c)"}},
-		{name: "steps that do not add up are not believed", history: lines("COPY a", "RUN b"), layers: 1, steps: []int{0, 1, 1},
-			want: []string{"COPY a", "(RUN b)"}},
-		{name: "steps and lines that do not match are not believed", history: lines("COPY a", "RUN b"), layers: 2, steps: []int{0, 2},
-			want: []string{"COPY a", "RUN b"}},
-		{name: "base with too few lines", history: lines("(CMD)", "RUN a"), base: lines("(CMD)"), layers: 3, steps: []int{2, 1},
-			want: []string{"(CMD)", "created by slipway", "created by slipway", "RUN a"}},
+		{
+			name: "more lines than layers", history: lines("COPY a", "COPY b", "COPY c"), layers: 1,
+			want: []string{"COPY a", "(COPY b)", "(COPY c)"},
+		},
+		{
+			name: "steps that do not add up are not believed", history: lines("COPY a", "RUN b"), layers: 1, steps: []int{0, 1, 1},
+			want: []string{"COPY a", "(RUN b)"},
+		},
+		{
+			name: "steps and lines that do not match are not believed", history: lines("COPY a", "RUN b"), layers: 2, steps: []int{0, 2},
+			want: []string{"COPY a", "RUN b"},
+		},
+		{
+			name: "base with too few lines", history: lines("(CMD)", "RUN a"), base: lines("(CMD)"), layers: 3, steps: []int{2, 1},
+			want: []string{"(CMD)", "created by slipway", "created by slipway", "RUN a"},
+		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := patch{diffIDs: diffIDs(tc.layers), steps: tc.steps, base: tc.base, created: time.Unix(5, 0)}
@@ -174,7 +196,7 @@ func TestAttrs(t *testing.T) {
 		{map[string]string{"compression": "gzip"}, "not supported yet: compression=gzip", nil},
 		{map[string]string{"name": "a", "push": "1", "compression": "zstd"}, "not supported yet: compression=zstd", nil},
 		{map[string]string{"push-by-digest": "true"}, "not supported yet: push-by-digest=true", nil},
-		{map[string]string{"annotation.x": "y"}, "not supported yet: annotation.x=y", nil},
+		{map[string]string{"annotation-bad.x": "y"}, "unrecognized annotation type bad", nil},
 		{map[string]string{"nonsense": "1"}, "not supported yet: nonsense=1", nil},
 		{map[string]string{"push": "perhaps"}, "push=perhaps: not true or false", nil},
 		{map[string]string{"push": "true"}, "push needs a name", nil},

@@ -3,7 +3,6 @@
 package registry
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/exporter/layerblob"
 )
 
 // layer sends the i-th layer of a manifest and returns its descriptor in the registry: as it is when it is a blob that we
@@ -42,9 +42,11 @@ func (s *push) layer(ctx context.Context, find *finder, i int, l ocispec.Descrip
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	desc, err := s.compressed(ctx, find, diffID)
+	desc, err := s.layers.DiffID(ctx, diffID, layerblob.Compression{Kind: compress.Gzip}, func(ctx context.Context) (layer.ID, error) {
+		return find.layer(ctx, diffID)
+	})
 	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("push %s: compress layer %s: %w", s.ref, diffID, err)
+		return ocispec.Descriptor{}, fmt.Errorf("push %s: %w", s.ref, err)
 	}
 	if k, err := compress.MediaTypeKind(desc.MediaType); err == nil {
 		desc.MediaType = compress.MediaType(k, docker && k != compress.Zstd)
@@ -79,63 +81,6 @@ func (s *push) blob(ctx context.Context, desc ocispec.Descriptor) error {
 type readCloser struct {
 	io.Reader
 	io.Closer
-}
-
-// compressed returns the blob with the compressed form of a layer: one that is known, whatever its compression, or
-// gzip that is made now.
-func (s *push) compressed(ctx context.Context, find *finder, diffID digest.Digest) (ocispec.Descriptor, error) {
-	release, err := s.compressing.acquire(ctx, diffID)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	defer release()
-	desc, ok, err := s.memo.Get(diffID, compress.Gzip)
-	if err != nil || ok {
-		return desc, err
-	}
-	id, err := find.layer(ctx, diffID)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	tar, _, err := s.deps.Layers.OpenTar(ctx, id)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	defer tar.Close()
-	w, err := s.deps.Blobs.Writer(ctx)
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	defer w.Close()
-	// The tar is read once: its own digest is checked on the way, so that a damaged layer cannot leave the machine.
-	in := &hashed{hash: diffID.Algorithm().Digester(), r: tar}
-	buffered := bufio.NewWriterSize(w, 1<<20)
-	if err := compress.WriteGzip(ctx, buffered, in, 0); err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	if err := buffered.Flush(); err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	if got := in.hash.Digest(); got != diffID {
-		return ocispec.Descriptor{}, fmt.Errorf("the layer is damaged: its tar has digest %s", got)
-	}
-	desc = ocispec.Descriptor{MediaType: compress.MediaType(compress.Gzip, false), Digest: w.Digest(), Size: w.Size()}
-	if err := w.Commit(desc.Size, desc.Digest); err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	return desc, s.memo.Put(diffID, compress.Gzip, desc)
-}
-
-// hashed hashes what is read through it.
-type hashed struct {
-	hash digest.Digester
-	r    io.Reader
-}
-
-func (h *hashed) Read(p []byte) (int, error) {
-	n, err := h.r.Read(p)
-	h.hash.Hash().Write(p[:n])
-	return n, err
 }
 
 // finder finds the layers of one image in the layer store.
@@ -187,38 +132,4 @@ func (f *finder) layer(ctx context.Context, diffID digest.Digest) (layer.ID, err
 		return "", fmt.Errorf("the layer is not in the local store: build or pull the image again")
 	}
 	return id, nil
-}
-
-// locks is a lock for each key.
-type locks struct {
-	mu   sync.Mutex // guards held
-	held map[digest.Digest]chan struct{}
-}
-
-// acquire waits for the lock of key, or for the end of ctx.
-func (l *locks) acquire(ctx context.Context, key digest.Digest) (release func(), err error) {
-	for {
-		l.mu.Lock()
-		if l.held == nil {
-			l.held = map[digest.Digest]chan struct{}{}
-		}
-		busy, ok := l.held[key]
-		if !ok {
-			done := make(chan struct{})
-			l.held[key] = done
-			l.mu.Unlock()
-			return func() {
-				l.mu.Lock()
-				delete(l.held, key)
-				l.mu.Unlock()
-				close(done)
-			}, nil
-		}
-		l.mu.Unlock()
-		select {
-		case <-busy:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
 }

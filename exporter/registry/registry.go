@@ -17,11 +17,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/seed-68981b69/slipway/cache/blob"
-	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/registry"
+	"github.com/seed-68981b69/slipway/exporter/layerblob"
 )
 
 // parallel is how many blobs are sent at once.
@@ -34,22 +34,25 @@ type Deps struct {
 	Images   *image.Store
 	Records  *record.Store
 	Registry *registry.Registry
+	// LayerBlobs compresses; nil means one of the Pusher's own.
+	LayerBlobs *layerblob.Maker
 }
 
 // Pusher sends images. It may be used concurrently.
 type Pusher struct {
 	deps    Deps
-	memo    compress.Memo
+	layers  *layerblob.Maker
 	sources registry.Sources
-	// compressing is held for a layer while it is compressed, so that two pushes do not do it twice.
-	compressing locks
 }
 
 // New returns a Pusher.
 func New(deps Deps) *Pusher {
+	if deps.LayerBlobs == nil {
+		deps.LayerBlobs = layerblob.New(layerblob.Deps{Layers: deps.Layers, Blobs: deps.Blobs, Records: deps.Records})
+	}
 	return &Pusher{
 		deps:    deps,
-		memo:    compress.Memo{Values: deps.Records, Blobs: deps.Blobs},
+		layers:  deps.LayerBlobs,
 		sources: registry.Sources{Values: deps.Records},
 	}
 }
@@ -214,7 +217,9 @@ func (s *push) manifest(ctx context.Context, desc ocispec.Descriptor, raw []byte
 		sent[i] = sent[first[i]]
 		changed = changed || sent[i].Digest != m.Layers[i].Digest || sent[i].MediaType != m.Layers[i].MediaType
 	}
-	if err := s.blob(ctx, m.Config); err != nil {
+	quiet := *s // progress is about layers
+	quiet.progress = func(string, int64, int64, bool) {}
+	if err := quiet.blob(ctx, m.Config); err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
 	var blobs []digest.Digest

@@ -258,8 +258,11 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("ReadFile is not announced: %v", err)
 	}
 	llbCaps := c.BuildOpts().LLBCaps
-	if llbCaps.Supports(pb.CapSourceGit) == nil {
-		t.Error("git sources are announced")
+	if llbCaps.Supports(pb.CapSourceGitBundle) == nil {
+		t.Error("git bundles are announced")
+	}
+	if err := llbCaps.Supports(pb.CapSourceGit); err != nil {
+		t.Errorf("git sources are not announced: %v", err)
 	}
 	if err := llbCaps.Supports(pb.CapFileBase); err != nil {
 		t.Errorf("file ops are not announced: %v", err)

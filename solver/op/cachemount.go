@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/moby/buildkit/solver/pb"
 	"golang.org/x/sys/unix"
@@ -26,17 +27,22 @@ import (
 	"github.com/seed-68981b69/slipway/executor"
 )
 
-// cacheMounts are directories that outlive the steps which write to them. On disk:
+// CacheMounts are directories that outlive the steps which write to them. On disk:
 //
 //	DIR/<hash of the key>/mount.json   what the key was
 //	DIR/<hash of the key>/<n>/         copy n; 0 is the only one unless private users came at the same time
+//	DIR/<hash of the key>/<n>.json     when it was used
+//	DIR/trash/                         copies that are being deleted
 //
 // A key is the mount's ID, and the content of its first files when it has some: another beginning is another cache.
-type cacheMounts struct {
+type CacheMounts struct {
 	dir string
+	now func() time.Time
 
-	mu  sync.Mutex
+	mu  sync.Mutex              // guards what follows, and that a copy is made or deleted
 	use map[string][]*cacheCopy // by key
+	// sizes are those of copies that nobody has used since they were measured, by directory.
+	sizes map[string]int64
 	// freed is closed and replaced whenever a copy becomes free.
 	freed chan struct{}
 }
@@ -60,7 +66,7 @@ func (i cacheMountInfo) key() string {
 
 // acquire returns a copy for one step and the function that gives it back. Locked waits for a free copy, private
 // takes one of its own, shared joins those that share.
-func (c *cacheMounts) acquire(ctx context.Context, key string, sharing pb.CacheSharingOpt, waiting func()) (int, func(), error) {
+func (c *CacheMounts) acquire(ctx context.Context, key string, sharing pb.CacheSharingOpt, waiting func()) (int, func(), error) {
 	for {
 		n, release, freed := c.try(key, sharing)
 		if release != nil {
@@ -78,7 +84,7 @@ func (c *cacheMounts) acquire(ctx context.Context, key string, sharing pb.CacheS
 	}
 }
 
-func (c *cacheMounts) try(key string, sharing pb.CacheSharingOpt) (int, func(), <-chan struct{}) {
+func (c *CacheMounts) try(key string, sharing pb.CacheSharingOpt) (int, func(), <-chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.use == nil {
@@ -109,6 +115,7 @@ func (c *cacheMounts) try(key string, sharing pb.CacheSharingOpt) (int, func(), 
 	return pick.n, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		c.noteUse(key, pick.n)
 		if pick.users--; pick.users == 0 {
 			close(c.freed)
 			c.freed = make(chan struct{})
@@ -117,7 +124,7 @@ func (c *cacheMounts) try(key string, sharing pb.CacheSharingOpt) (int, func(), 
 }
 
 // open returns the directory of a copy, which fill makes the first time.
-func (c *cacheMounts) open(info cacheMountInfo, n int, fill func(dir string) error) (string, error) {
+func (c *CacheMounts) open(info cacheMountInfo, n int, fill func(dir string) error) (string, error) {
 	top := filepath.Join(c.dir, info.key())
 	dir := filepath.Join(top, strconv.Itoa(n))
 	if _, err := os.Lstat(dir); err == nil {

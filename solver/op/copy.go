@@ -3,17 +3,14 @@
 package op
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
 	"hash"
 	"io/fs"
 	"maps"
 	"os"
 	"path"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -248,22 +245,21 @@ func (s *selection) sawRequired(seen map[string]bool, m match, v visit) {
 	}
 }
 
-// digest writes to h all that a copy can see of t.
-func (s *selection) digest(ctx context.Context, t index.Tree, h hash.Hash) error {
+// see writes to w all that a copy can see of t.
+func (s *selection) see(ctx context.Context, t index.Tree, w *seenWriter) error {
 	matches, err := s.matches(t)
 	if err != nil {
 		return err
 	}
 	required := map[string]bool{}
-	w := entryHasher{hash: h}
 	for _, m := range matches {
-		w.string("match")
-		w.string(path.Base(m.name))
+		archive := ""
 		if p, err := resolve(t, m.name, true); err == nil && s.unpack && !s.follow {
 			// An archive is found behind a symlink even when the copy does not follow it.
 			e, _ := t.Lookup(p)
-			w.string(string(e.Digest))
+			archive = string(e.Digest)
 		}
+		w.match(path.Base(m.name), archive)
 		err = s.walk(ctx, t, m, func(v visit) error {
 			s.sawRequired(required, m, v)
 			return w.entry(v, m.path)
@@ -272,60 +268,7 @@ func (s *selection) digest(ctx context.Context, t index.Tree, h hash.Hash) error
 			return err
 		}
 	}
-	w.flush()
 	return s.checkRequired(required)
-}
-
-// entryHasher writes entries to a hash, unambiguously: every string with its length.
-type entryHasher struct {
-	hash hash.Hash
-	buf  bytes.Buffer
-}
-
-func (w *entryHasher) string(s string) {
-	w.uint(uint64(len(s)))
-	w.buf.WriteString(s)
-}
-
-func (w *entryHasher) uint(v uint64) {
-	var b [8]byte
-	binary.LittleEndian.PutUint64(b[:], v)
-	w.buf.Write(b[:])
-}
-
-func (w *entryHasher) flush() {
-	w.hash.Write(w.buf.Bytes())
-	w.buf.Reset()
-}
-
-// entry writes one entry; base is what hard links are relative to, so that a moved tree has the same digest.
-func (w *entryHasher) entry(v visit, base string) error {
-	if v.Type == index.File && v.Digest == "" {
-		return fmt.Errorf("%q has not been hashed", "/"+v.Path)
-	}
-	w.string(v.rel)
-	w.uint(uint64(v.Type))
-	if v.way {
-		w.uint(1)
-	}
-	w.uint(uint64(v.Mode))
-	w.uint(uint64(v.UID))
-	w.uint(uint64(v.GID))
-	w.uint(uint64(v.Size))
-	w.uint(uint64(v.Major))
-	w.uint(uint64(v.Minor))
-	w.string(v.Target)
-	w.string(string(v.Digest))
-	w.string(strings.TrimPrefix(v.HardLink, base))
-	w.uint(uint64(len(v.Xattrs)))
-	for _, k := range slices.Sorted(maps.Keys(v.Xattrs)) {
-		w.string(k)
-		w.string(v.Xattrs[k])
-	}
-	if w.buf.Len() > 32<<10 {
-		w.flush()
-	}
-	return nil
 }
 
 // owner is a user and group that a copy gives to what it makes.

@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"path"
 	"path/filepath"
 	"slices"
@@ -29,7 +30,7 @@ import (
 // execOp runs one process in a container: a RUN.
 type execOp struct {
 	deps     *Deps
-	caches   *cacheMounts
+	caches   *CacheMounts
 	op       *pb.ExecOp
 	platform *pb.Platform
 	res      *pb.LinuxResources
@@ -74,7 +75,7 @@ func withoutUnusedIndexes(op *pb.ExecOp) *pb.ExecOp {
 	return op
 }
 
-func newExec(d *Deps, caches *cacheMounts, v *solver.Vertex, op *pb.ExecOp) (solver.Op, error) {
+func newExec(d *Deps, caches *CacheMounts, v *solver.Vertex, op *pb.ExecOp) (solver.Op, error) {
 	op = withoutUnusedIndexes(op)
 	e := &execOp{deps: d, caches: caches, op: op, platform: v.Op.Platform, res: v.Meta.GetLinuxResources(), root: -1}
 	if err := checkLinux(e.platform); err != nil {
@@ -303,21 +304,17 @@ func mountPart(m *pb.Mount) string {
 // InputDigest covers the whole input where it becomes part of an output (a root above all), and otherwise what the
 // mounts show of it.
 func (e *execOp) InputDigest(ctx context.Context, _ *solver.Env, i int, in snapshot.Snapshot) (digest.Digest, error) {
-	var selected []string
-	for _, m := range e.op.Mounts {
-		if m.Input != int64(i) {
-			continue
-		}
-		sel := path.Join("/", m.Selector)
-		switch {
-		case m.MountType != pb.MountType_BIND && m.MountType != pb.MountType_CACHE:
-			continue
-		case m.Output != int64(pb.SkipOutput), isRoot(m), sel == "/", m.MountType == pb.MountType_CACHE,
-			m.ContentCache == pb.MountContentCache_OFF:
-			return e.deps.Snapshots.Content(ctx, in)
-		}
-		selected = append(selected, sel)
+	selected, whole, _ := e.shown(i)
+	if whole {
+		return e.deps.Snapshots.Content(ctx, in)
 	}
+	asked := parts{{Name: "op", Value: "exec"}}
+	asked.list("mounted", selected)
+	return e.deps.digests.of(asked, 0, in, func() (digest.Digest, error) { return e.digest(ctx, selected, in) })
+}
+
+// digest is the digest of the selected paths of an input.
+func (e *execOp) digest(ctx context.Context, selected []string, in snapshot.Snapshot) (digest.Digest, error) {
 	view, err := e.deps.Snapshots.View(ctx, in)
 	if err != nil {
 		return "", err
@@ -337,6 +334,62 @@ func (e *execOp) InputDigest(ctx context.Context, _ *solver.Env, i int, in snaps
 		fmt.Fprintf(h, "%s\x00", d)
 	}
 	return digest.NewDigest(digest.SHA256, h), nil
+}
+
+// shown says what the process can see of the i-th input: the selected paths, or all of it. root says that it is, or may
+// be, the process's root.
+func (e *execOp) shown(i int) (selected []string, whole, root bool) {
+	for _, m := range e.op.Mounts {
+		if m.Input != int64(i) {
+			continue
+		}
+		sel := path.Join("/", m.Selector)
+		switch {
+		case m.MountType != pb.MountType_BIND && m.MountType != pb.MountType_CACHE:
+			continue
+		case isRoot(m):
+			whole, root = true, true
+		case m.Output != int64(pb.SkipOutput), sel == "/", m.MountType == pb.MountType_CACHE,
+			m.ContentCache == pb.MountContentCache_OFF:
+			whole = true
+		}
+		selected = append(selected, sel)
+	}
+	return selected, whole, root
+}
+
+// Describes implements solver.Describer: for inputs that are mounted somewhere below the root.
+func (e *execOp) Describes(i int) bool {
+	_, _, root := e.shown(i)
+	return !root
+}
+
+// DescribeInput implements solver.Describer.
+func (e *execOp) DescribeInput(ctx context.Context, i int, in snapshot.Snapshot, to io.Writer) error {
+	selected, whole, _ := e.shown(i)
+	if whole {
+		selected = []string{"/"}
+	}
+	view, err := e.deps.Snapshots.View(ctx, in)
+	if err != nil {
+		return err
+	}
+	w := &seenWriter{to: to}
+	for _, sel := range selected {
+		p, err := resolve(view, sel, true)
+		if err != nil {
+			return err
+		}
+		w.match(path.Base(sel), "")
+		err = index.Walk(view, p, func(entry index.Entry) error {
+			rel := strings.TrimPrefix(strings.TrimPrefix(entry.Path, p), "/")
+			return w.entry(visit{Entry: entry, rel: rel}, p)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return w.flush()
 }
 
 // Run runs the process and commits the mounts that are outputs.
@@ -484,8 +537,11 @@ func (s *step) environ(ctx context.Context, home string) ([]string, error) {
 	env := slices.Clone(meta.Env)
 	if p := meta.ProxyEnv; p != nil {
 		for _, v := range []struct{ name, value string }{
-			{"HTTP_PROXY", p.HttpProxy}, {"HTTPS_PROXY", p.HttpsProxy}, {"FTP_PROXY", p.FtpProxy},
-			{"NO_PROXY", p.NoProxy}, {"ALL_PROXY", p.AllProxy},
+			{"HTTP_PROXY", p.HttpProxy},
+			{"HTTPS_PROXY", p.HttpsProxy},
+			{"FTP_PROXY", p.FtpProxy},
+			{"NO_PROXY", p.NoProxy},
+			{"ALL_PROXY", p.AllProxy},
 		} {
 			if v.value != "" {
 				env = append(env, v.name+"="+v.value, strings.ToLower(v.name)+"="+v.value)

@@ -149,8 +149,10 @@ func TestExec(t *testing.T) {
 		o.Meta.ProxyEnv = &pb.ProxyEnv{HttpProxy: "http://p"}
 		o.Secretenv = []*pb.SecretEnv{{ID: "token", Name: "TOKEN"}, {ID: "none", Name: "NONE", Optional: true}}
 		_, log := e.must(o, withSecret)
-		for _, want := range []string{"A=1\n", "HOME=/home/ann\n", "PATH=/usr/local/sbin:", "http_proxy=http://p\n",
-			"TOKEN=s3cret\n", "\n1000\n1001 20\n/tmp\nbox\n", "10.1.2.3\tdb"} {
+		for _, want := range []string{
+			"A=1\n", "HOME=/home/ann\n", "PATH=/usr/local/sbin:", "http_proxy=http://p\n",
+			"TOKEN=s3cret\n", "\n1000\n1001 20\n/tmp\nbox\n", "10.1.2.3\tdb",
+		} {
 			if !strings.Contains(log, want) {
 				t.Errorf("no %q in:\n%s", want, log)
 			}
@@ -422,7 +424,7 @@ func TestCacheMount(t *testing.T) {
 
 func TestCacheMountSharing(t *testing.T) {
 	const shared, private, locked = pb.CacheSharingOpt_SHARED, pb.CacheSharingOpt_PRIVATE, pb.CacheSharingOpt_LOCKED
-	c := &cacheMounts{}
+	c := &CacheMounts{}
 	get := func(s pb.CacheSharingOpt) (int, func()) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

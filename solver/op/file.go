@@ -262,37 +262,59 @@ func userPart(u *pb.UserOpt) string {
 }
 
 // InputDigest covers the whole of an input that files are put into, and of one that files are only taken from what
-// the copies take.
+// the copies take: it is the digest of what DescribeInput writes.
 func (f *fileOp) InputDigest(ctx context.Context, _ *solver.Env, i int, in snapshot.Snapshot) (digest.Digest, error) {
-	for _, a := range f.actions {
-		if a.base == i {
-			return f.deps.Snapshots.Content(ctx, in)
-		}
+	if f.changes(i) {
+		return f.deps.Snapshots.Content(ctx, in)
 	}
+	return f.deps.digests.of(f.Parts(), i, in, func() (digest.Digest, error) {
+		h := newHash("file input")
+		if err := f.see(ctx, i, in, h); err != nil {
+			return "", err
+		}
+		return digest.NewDigest(digest.SHA256, h), nil
+	})
+}
+
+// Describes implements solver.Describer: for inputs that files are only taken from.
+func (f *fileOp) Describes(i int) bool { return !f.changes(i) }
+
+// DescribeInput implements solver.Describer.
+func (f *fileOp) DescribeInput(ctx context.Context, i int, in snapshot.Snapshot, to io.Writer) error {
+	return f.see(ctx, i, in, to)
+}
+
+// changes reports whether files are put into the i-th input.
+func (f *fileOp) changes(i int) bool {
+	return slices.ContainsFunc(f.actions, func(a *fileAction) bool { return a.base == i })
+}
+
+// see writes all that the actions can see of the i-th input, which they only take files from.
+func (f *fileOp) see(ctx context.Context, i int, in snapshot.Snapshot, to io.Writer) error {
 	view, err := f.deps.Snapshots.View(ctx, in)
 	if err != nil {
-		return "", err
+		return err
 	}
-	h := newHash("file input")
+	w := &seenWriter{to: to}
 	for n, a := range f.actions {
 		if a.copy != nil && a.source == i {
-			fmt.Fprintf(h, "copy %d\x00", n)
-			if err := a.selection.digest(ctx, view, h); err != nil {
-				return "", err
+			w.action(n)
+			if err := a.selection.see(ctx, view, w); err != nil {
+				return err
 			}
 		}
 		if slices.Contains(a.users, i) {
 			for _, name := range []string{"/etc/passwd", "/etc/group"} {
 				p, err := resolve(view, name, true)
 				if err != nil {
-					return "", err
+					return err
 				}
 				e, _ := view.Lookup(p)
-				fmt.Fprintf(h, "%s %s\x00", name, e.Digest)
+				w.users(name, string(e.Digest))
 			}
 		}
 	}
-	return digest.NewDigest(digest.SHA256, h), nil
+	return w.flush()
 }
 
 // Run computes the outputs and what they need; actions that no output needs are not run.

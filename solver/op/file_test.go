@@ -94,8 +94,13 @@ func TestFileActions(t *testing.T) {
 		{"rm of nothing is fine", []*pb.FileAction{rmAction(0, 0, "/nope", true, false)}, nil, nil, ""},
 		{"rm of the root", []*pb.FileAction{rmAction(0, 0, "/", true, false)}, nil, nil, "root cannot be removed"},
 		{"rm with wildcard", []*pb.FileAction{rmAction(0, 0, "/t*", false, true)}, nil, []string{"/t1", "/t2"}, ""},
-		{"a chain makes one layer", []*pb.FileAction{mkdirAction(0, -1, "/d", 0o755, false), mkfileAction(1, -1, "/d/f", "F"), rmAction(2, 0, "/t1", false, false)},
-			[]string{"/d 0755 0:0", "/d/f 0644 0:0" + now + "F"}, []string{"/t1"}, ""},
+		{
+			"a chain makes one layer",
+			[]*pb.FileAction{mkdirAction(0, -1, "/d", 0o755, false), mkfileAction(1, -1, "/d/f", "F"), rmAction(2, 0, "/t1", false, false)},
+			[]string{"/d 0755 0:0", "/d/f 0644 0:0" + now + "F"},
+			[]string{"/t1"},
+			"",
+		},
 		{"name of a whiteout", []*pb.FileAction{mkfileAction(0, 0, "/.wh.x", "A")}, nil, nil, "reserved in image layers"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -39,7 +39,9 @@ type Deps struct {
 	Executor  executor.Executor
 	// Sources are by scheme: "docker-image", "local", "https".
 	Sources map[string]SourceFunc
-	// CacheDir keeps the cache mounts. It belongs to this process alone.
+	// Caches are the cache mounts; nil means those of CacheDir.
+	Caches *CacheMounts
+	// CacheDir keeps the cache mounts if Caches is nil. It belongs to this process alone.
 	CacheDir string
 	// TempDir is for files that live as long as one step: unpacked archives, secrets (on a tmpfs of their own).
 	TempDir string
@@ -49,6 +51,8 @@ type Deps struct {
 	Allowed func(env *solver.Env, entitlement string) bool
 	// Now is the clock for files that a build makes; nil means time.Now.
 	Now func() time.Time
+
+	digests *inputDigests
 }
 
 func (d *Deps) now() time.Time {
@@ -62,7 +66,11 @@ func (d *Deps) now() time.Time {
 // TempDir (a tmpfs with secrets, after a crash) is removed.
 func New(deps Deps) func(*solver.Vertex) (solver.Op, error) {
 	d := &deps
-	caches := &cacheMounts{dir: deps.CacheDir}
+	d.digests = &inputDigests{}
+	caches := deps.Caches
+	if caches == nil {
+		caches = NewCacheMounts(deps.CacheDir)
+	}
 	if deps.TempDir != "" {
 		_ = os.MkdirAll(deps.TempDir, 0o700) // if it cannot be, the step that needs it says so
 		removeStale(deps.TempDir)

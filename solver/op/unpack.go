@@ -216,7 +216,7 @@ func (u *unpacker) entry(ctx context.Context, hdr *tar.Header, r io.Reader) erro
 		return nil
 	case tar.TypeDir:
 		e.Type = index.Dir
-	case tar.TypeReg, tar.TypeRegA: //nolint:staticcheck // old archives have it
+	case tar.TypeReg: // the reader turns the old TypeRegA into it
 		e.Type = index.File
 		if open, err = u.bytes(ctx, &e, r); err != nil {
 			return err

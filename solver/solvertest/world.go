@@ -53,7 +53,6 @@ type Event struct {
 	At    time.Time
 	Start bool
 	Err   error // of an end
-
 }
 
 // ErrStep is why failing commands and sources fail.
@@ -376,6 +375,8 @@ func (r *Records) Recorded() map[Key]bool {
 type Screen struct {
 	mu     sync.Mutex
 	Status client.SolveStatus
+	// Reports are what the build has told at its end.
+	Reports []solver.Report
 }
 
 // Write implements solver.Writer.

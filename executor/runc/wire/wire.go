@@ -45,7 +45,9 @@ type Request struct {
 	ID       string `json:"id"`
 	StateDir string `json:"stateDir,omitempty"`
 	Terminal bool   `json:"terminal,omitempty"`
-	Signal   int    `json:"signal,omitempty"`
+	// StandardInit has the container made by libcontainer's own init.
+	StandardInit bool `json:"standardInit,omitempty"`
+	Signal       int  `json:"signal,omitempty"`
 }
 
 // Kind says what an Event tells.

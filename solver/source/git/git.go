@@ -43,13 +43,18 @@ const Scheme = "git"
 // Deps is what the source works with.
 type Deps struct {
 	Layers *layer.Store
-	// Dir keeps the bare repositories. It is made when it is needed.
+	// Repositories are where it fetches to; nil means those of Dir.
+	Repositories *Repositories
+	// Dir keeps the bare repositories if Repositories is nil. It is made when it is needed.
 	Dir string
 }
 
 // New returns the function that makes sources of vertices.
 func New(deps Deps) func(*solver.Vertex) (solver.Source, error) {
-	repos := &repositories{dir: deps.Dir, locks: map[string]*sync.Mutex{}}
+	repos := deps.Repositories
+	if repos == nil {
+		repos = NewRepositories(deps.Dir)
+	}
 	return func(v *solver.Vertex) (solver.Source, error) {
 		op := v.Op.GetSource()
 		s := &source{layers: deps.Layers, repos: repos}
@@ -62,7 +67,7 @@ func New(deps Deps) func(*solver.Vertex) (solver.Source, error) {
 
 type source struct {
 	layers *layer.Store
-	repos  *repositories
+	repos  *Repositories
 
 	remote         string // without credentials unless the client gave some
 	ref            string
@@ -609,26 +614,17 @@ func redactUser(remote string) string {
 	return u.String()
 }
 
-// repositories are the bare repositories, a directory for each remote, used by one checkout at a time.
-type repositories struct {
-	dir   string
-	mu    sync.Mutex // guards locks
-	locks map[string]*sync.Mutex
-}
-
-func (r *repositories) lock(remote string) (dir string, unlock func(), err error) {
+func (r *Repositories) lock(remote string) (dir string, unlock func(), err error) {
 	if err := os.MkdirAll(r.dir, 0o700); err != nil {
 		return "", nil, err
 	}
 	sum := sha256.Sum256([]byte(remote))
 	name := hex.EncodeToString(sum[:16])
-	r.mu.Lock()
-	lock, ok := r.locks[name]
-	if !ok {
-		lock = new(sync.Mutex)
-		r.locks[name] = lock
-	}
-	r.mu.Unlock()
+	lock := r.of(name)
 	lock.Lock()
-	return filepath.Join(r.dir, name), lock.Unlock, nil
+	bare := filepath.Join(r.dir, name)
+	return bare, func() {
+		noteUse(bare, remote)
+		lock.Unlock()
+	}, nil
 }

@@ -516,7 +516,7 @@ func TestSource(t *testing.T) {
 	if pin, err = byDigest.Pin(ctx, env("b3")); err != nil || pin.Parts[0].Value != first.Digest.String() {
 		t.Errorf("Pin by digest = %+v, %v", pin, err)
 	}
-	if out, err = byDigest.Run(ctx, env("b3"), nil); err != nil {
+	if _, err = byDigest.Run(ctx, env("b3"), nil); err != nil {
 		t.Errorf("Run by digest: %v", err)
 	}
 	if asked := s.Requests(""); len(asked) != 0 {

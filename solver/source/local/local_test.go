@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -253,21 +252,6 @@ func TestLocalAgain(t *testing.T) {
 	}
 }
 
-func TestHashes(t *testing.T) {
-	h := &hashes{}
-	now := time.Now()
-	old := fileID{ino: 1, ctime: now.Add(-time.Minute).UnixNano()}
-	fresh := fileID{ino: 2, mtime: now.Add(-time.Minute).UnixNano(), ctime: now.Add(-time.Second).UnixNano()}
-	h.put(old, now, "sha256:x")
-	h.put(fresh, now, "sha256:y")
-	if d, ok := h.get(old); !ok || d != "sha256:x" {
-		t.Errorf("old file: %s, %v", d, ok)
-	}
-	if _, ok := h.get(fresh); ok {
-		t.Error("a file that has just changed is remembered")
-	}
-}
-
 func TestLocalRefused(t *testing.T) {
 	f := newFixture(t)
 	for key, value := range map[string]string{
@@ -282,18 +266,5 @@ func TestLocalRefused(t *testing.T) {
 	}
 	if _, err := f.run(nil, &client{dir: filepath.Join(f.dir, "nope")}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
-	}
-}
-
-// BenchmarkLocal is a context of many small files that have not changed.
-func BenchmarkLocal(b *testing.B) {
-	f := newFixture(b)
-	for i := range 20_000 {
-		f.write(fmt.Sprintf("d%03d/f%d", i/100, i), strings.Repeat("x", 1000))
-	}
-	for b.Loop() {
-		if _, err := f.run(nil, nil); err != nil {
-			b.Fatal(err)
-		}
 	}
 }

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compress
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"runtime"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+const (
+	// zstdLevel is zstd's and BuildKit's default.
+	zstdLevel = 3
+	// zstdBlock is how much goes into one frame. Frames know nothing of each other, which costs some tenths of a per
+	// cent of the size. Like gzipBlock it decides the bytes.
+	zstdBlock = 4 << 20
+	// zstdWorkers bounds the memory: a worker needs about four blocks and its tables.
+	zstdWorkers = 8
+)
+
+var zstdBlocks = newBlockPool(zstdBlock)
+
+// WriteZstd writes the bytes of r to w as zstd frames, with up to workers goroutines (0: one for each processor, at most
+// 8). The output depends on nothing but the input and the release of this program.
+func WriteZstd(ctx context.Context, w io.Writer, r io.Reader, workers int) error {
+	return writeZstd(ctx, w, r, zstdLevel, workers)
+}
+
+func writeZstd(ctx context.Context, w io.Writer, r io.Reader, level, workers int) error {
+	if workers <= 0 {
+		workers = min(runtime.GOMAXPROCS(0), zstdWorkers)
+	}
+	p := pipeline{
+		pool: zstdBlocks, workers: workers,
+		newWorker: func() (func(*block) error, error) {
+			z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithZeroFrames(true),
+				zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)))
+			if err != nil {
+				return nil, fmt.Errorf("zstd: %w", err)
+			}
+			return func(b *block) error {
+				b.out.b = z.EncodeAll(b.in[:b.n], b.out.b)
+				return nil
+			}, nil
+		},
+	}
+	return p.run(ctx, w, r)
+}
+
+// Levels are the lowest and highest level of a kind of compression, and the default one.
+func Levels(k Kind) (lowest, highest, usual int) {
+	switch k {
+	case Gzip:
+		return 0, 9, gzipLevel
+	case Zstd:
+		return 0, 22, zstdLevel
+	}
+	return 0, 0, 0
+}
+
+// Write writes the bytes of r to w compressed by k at a level within Levels, with all processors; None copies them. The
+// bytes do not depend on the machine.
+func Write(ctx context.Context, w io.Writer, r io.Reader, k Kind, level int) error {
+	lowest, highest, _ := Levels(k)
+	if level < lowest || level > highest {
+		return fmt.Errorf("compress: level %d of %s: want %d to %d", level, k, lowest, highest)
+	}
+	switch k {
+	case None:
+		_, err := io.Copy(w, r)
+		return err
+	case Gzip:
+		return writeGzip(ctx, w, r, level, 0)
+	case Zstd:
+		return writeZstd(ctx, w, r, level, 0)
+	}
+	return fmt.Errorf("compress: unknown kind %q", k)
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package explain
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"maps"
+	"regexp"
+	"strings"
+
+	"github.com/seed-68981b69/slipway/cache/record"
+)
+
+// secretName matches names of variables that should not have been used for a secret, and are.
+var secretName = regexp.MustCompile(`(?i)(^|[_-])(apikey|auth|credentials?|key|passwd|password|pword|pwd|secret|token)([_-]|$)`)
+
+// publicName matches exceptions.
+var publicName = regexp.MustCompile(`(?i)(^|[_-])public([_-]|$)`)
+
+// userinfo is what stands before the host in a URL.
+var userinfo = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s"']+@`)
+
+// minHidden is the shortest value that is looked for in other texts.
+const minHidden = 4
+
+// redactor keeps secrets out of documents: credentials in URLs, and the values of variables whose names say that they
+// are secret, wherever they stand. Secrets that were given as such are not in keys and so not in documents.
+type redactor struct {
+	salt   string
+	hidden map[string]string // value → what stands for it
+}
+
+func newRedactor(salt string) *redactor { return &redactor{salt: salt, hidden: map[string]string{}} }
+
+func isSecretName(name string) bool {
+	return secretName.MatchString(name) && !publicName.MatchString(name)
+}
+
+func (r *redactor) learn(name, value string) {
+	if len(value) >= minHidden && isSecretName(name) {
+		r.hidden[value] = r.mark(value)
+	}
+}
+
+// mark stands for a value: equal values have equal marks.
+func (r *redactor) mark(value string) string {
+	h := hmac.New(sha256.New, []byte(r.salt))
+	h.Write([]byte(value))
+	return "(not shown, " + hex.EncodeToString(h.Sum(nil)[:4]) + ")"
+}
+
+func (r *redactor) text(s string) string {
+	for value, mark := range r.hidden {
+		s = strings.ReplaceAll(s, value, mark)
+	}
+	return userinfo.ReplaceAllString(s, "${1}xxxxx@")
+}
+
+func (r *redactor) part(p record.Part) record.Part {
+	if kind, name, ok := strings.Cut(p.Name, " "); ok && (kind == "env" || kind == "header") && isSecretName(name) && p.Value != "" {
+		return record.Part{Name: p.Name, Value: r.mark(p.Value)}
+	}
+	return record.Part{Name: p.Name, Value: r.text(p.Value)}
+}
+
+// Attrs returns the attributes of a build request for its record: without secrets.
+func Attrs(attrs map[string]string, salt string) map[string]string {
+	r := newRedactor(salt)
+	out := maps.Clone(attrs)
+	for name, value := range attrs {
+		out[name] = r.text(value)
+		if arg, ok := strings.CutPrefix(name, "build-arg:"); ok && isSecretName(arg) && value != "" {
+			out[name] = r.mark(value)
+		}
+	}
+	return out
+}

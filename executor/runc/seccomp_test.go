@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package runc_test
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/executor"
+	"github.com/seed-68981b69/slipway/executor/runc"
+	"github.com/seed-68981b69/slipway/executor/runc/runctest"
+)
+
+// TestFilterAgrees asks the kernel for the seccomp filter of a running container, the one that our runner compiled and the
+// one of libcontainer and libseccomp, and compares what they answer to every syscall with every argument that the profile
+// looks at.
+func TestFilterAgrees(t *testing.T) {
+	rootfs := runctest.Rootfs(t)
+	for _, tc := range []struct {
+		name   string
+		change func(*executor.Spec)
+	}{
+		{"default", func(*executor.Spec) {}},
+		{"no new privileges", func(s *executor.Spec) { s.NoNewPrivileges = true }},
+		{"capabilities", func(s *executor.Spec) { s.CapAdd = []string{"SYS_ADMIN", "SYS_PTRACE"} }},
+		{"all capabilities", func(s *executor.Spec) { s.CapAdd = []string{"ALL"} }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := spec(rootfs, "cat")
+			tc.change(&s)
+			want, got := filterOf(t, s, true), filterOf(t, s, false)
+			t.Logf("%d instructions of libseccomp, %d of ours", len(want), len(got))
+			compareFilters(t, want, got)
+		})
+	}
+}
+
+func compareFilters(t *testing.T, want, got []unix.SockFilter) {
+	t.Helper()
+	nrs := []uint32{0x3fffffff, 0x40000000, 0x40000001, 0x40000200, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff}
+	for nr := range uint32(1024) {
+		nrs = append(nrs, nr)
+	}
+	archs := []uint32{unix.AUDIT_ARCH_X86_64, unix.AUDIT_ARCH_I386, unix.AUDIT_ARCH_AARCH64, unix.AUDIT_ARCH_ARM, 0}
+	args := []uint64{1 << 32, 1<<32 | 1, 1 << 63, ^uint64(0), 0xffffffff, 0xfffffffe}
+	for v := range uint64(64) {
+		args = append(args, v, v<<32|v, 1<<v, 1<<v-1, 1<<v|0x20000)
+	}
+	for _, program := range [][]unix.SockFilter{want, got} { // and whatever they compare with, and its neighbours
+		for _, ins := range program {
+			if ins.Code&7 == unix.BPF_JMP && ins.K > 0 {
+				args = append(args, uint64(ins.K), uint64(ins.K)-1, uint64(ins.K)+1, uint64(ins.K)<<32)
+			}
+		}
+	}
+	differences := 0
+	for _, arch := range archs {
+		for _, nr := range nrs {
+			for _, arg := range args {
+				var data [64]byte
+				binary.NativeEndian.PutUint32(data[0:], nr)
+				binary.NativeEndian.PutUint32(data[4:], arch)
+				for i := range 6 {
+					binary.NativeEndian.PutUint64(data[16+8*i:], arg)
+				}
+				w, wLooked := runFilter(t, want, data[:])
+				g, gLooked := runFilter(t, got, data[:])
+				if w != g {
+					t.Errorf("arch %#x syscall %d argument %#x: libseccomp's filter says %#x, ours %#x", arch, nr, arg, w, g)
+					if differences++; differences > 20 {
+						t.FailNow()
+					}
+				}
+				if !wLooked && !gLooked {
+					break // whatever the arguments
+				}
+			}
+		}
+	}
+}
+
+// runFilter runs a BPF program as the kernel does and says whether it looked at an argument.
+func runFilter(t *testing.T, program []unix.SockFilter, data []byte) (result uint32, looked bool) {
+	t.Helper()
+	var a uint32
+	for pc := 0; pc < len(program); pc++ {
+		ins := program[pc]
+		skip := func(yes bool) {
+			if yes {
+				pc += int(ins.Jt)
+			} else {
+				pc += int(ins.Jf)
+			}
+		}
+		switch ins.Code {
+		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
+			a = binary.NativeEndian.Uint32(data[ins.K:])
+			looked = looked || ins.K >= 16
+		case unix.BPF_ALU | unix.BPF_AND | unix.BPF_K:
+			a &= ins.K
+		case unix.BPF_JMP | unix.BPF_JA:
+			pc += int(ins.K)
+		case unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K:
+			skip(a == ins.K)
+		case unix.BPF_JMP | unix.BPF_JGT | unix.BPF_K:
+			skip(a > ins.K)
+		case unix.BPF_JMP | unix.BPF_JGE | unix.BPF_K:
+			skip(a >= ins.K)
+		case unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K:
+			skip(a&ins.K != 0)
+		case unix.BPF_RET | unix.BPF_K:
+			return ins.K, looked
+		default:
+			t.Fatalf("instruction %#x at %d", ins.Code, pc)
+		}
+	}
+	t.Fatal("the filter has no end")
+	return 0, false
+}
+
+// filterOf starts a container of s and returns the filter of its first process.
+func filterOf(t *testing.T, s executor.Spec, standard bool) []unix.SockFilter {
+	t.Helper()
+	runDir := t.TempDir()
+	r := newExecutor(t, runc.Options{StandardInit: standard, RunDir: runDir})
+	stdin, input, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	p, err := r.Start(ctx, s, executor.IO{Stdin: stdin})
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	defer func() {
+		defer cancel()
+		input.Close()
+		if exit, err := p.Wait(); err != nil || exit.Code != 0 {
+			t.Errorf("container: %+v, %v", exit, err)
+		}
+	}()
+	var state struct {
+		PID int `json:"init_process_pid"`
+	}
+	b, err := os.ReadFile(filepath.Join(runDir, "containers", s.ID, "state.json"))
+	if err == nil {
+		err = json.Unmarshal(b, &state)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return seccompFilter(t, state.PID)
+}
+
+func seccompFilter(t *testing.T, pid int) []unix.SockFilter {
+	t.Helper()
+	const ptraceSeccompGetFilter = 0x420c
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	// Seized and not attached to: that would leave a SIGSTOP behind.
+	if err := unix.PtraceSeize(pid); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.PtraceDetach(pid)
+	if err := unix.PtraceInterrupt(pid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Wait4(pid, nil, unix.WALL, nil); err != nil {
+		t.Fatal(err)
+	}
+	get := func(index int, into *unix.SockFilter) (int, syscall.Errno) {
+		n, _, errno := unix.Syscall6(unix.SYS_PTRACE, ptraceSeccompGetFilter, uintptr(pid), uintptr(index), uintptr(unsafe.Pointer(into)), 0, 0)
+		return int(n), errno
+	}
+	n, errno := get(0, nil)
+	if errors.Is(errno, unix.EINVAL) || errors.Is(errno, unix.EACCES) || errors.Is(errno, unix.EIO) {
+		t.Skipf("this kernel does not tell filters (%v): SKIPPED", errno)
+	}
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	program := make([]unix.SockFilter, n)
+	if _, errno := get(0, &program[0]); errno != 0 {
+		t.Fatal(errno)
+	}
+	if _, errno := get(1, nil); errno != unix.ENOENT {
+		t.Errorf("the container has more than one filter (%v)", errno)
+	}
+	return program
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package layerblob knows layers as the blobs that images name: the layer's tar as it is, its compressed form, made
+// once and kept in the blob store, or the very blob that it was pulled as.
+package layerblob
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/seed-68981b69/slipway/cache/blob"
+	"github.com/seed-68981b69/slipway/cache/compress"
+	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/cache/record"
+)
+
+// Compression is what form a layer is wanted in.
+type Compression struct {
+	Kind compress.Kind
+	// Level is one of compress.Levels; nil means the usual one.
+	Level *int
+	// Force is for pulled layers too, which otherwise stay the blobs that they came as.
+	Force bool
+}
+
+// Deps is what a Maker works with.
+type Deps struct {
+	Layers  *layer.Store
+	Blobs   *blob.Store
+	Records *record.Store
+}
+
+// Maker finds and makes layer blobs. It may be used concurrently; all of one process should use the same, because two
+// that are asked for one blob at the same time would both make it.
+type Maker struct {
+	deps   Deps
+	memo   compress.Memo
+	making locks
+
+	mu       sync.Mutex        // guards verified
+	verified map[layer.ID]bool // tars that this process has read and found good
+}
+
+// New returns a Maker.
+func New(deps Deps) *Maker {
+	return &Maker{deps: deps, memo: compress.Memo{Values: deps.Records, Blobs: deps.Blobs}, verified: map[layer.ID]bool{}}
+}
+
+// Blob is a layer as a blob.
+type Blob struct {
+	// Desc has OCI's media types.
+	Desc   ocispec.Descriptor
+	DiffID digest.Digest
+	// tar is the layer whose tar the blob is; "" when it is in the blob store.
+	tar layer.ID
+}
+
+// Layer returns the blob of a layer, which is made if it is not there yet.
+func (m *Maker) Layer(ctx context.Context, id layer.ID, c Compression) (Blob, error) {
+	info, err := m.deps.Layers.Pack(ctx, id)
+	if err != nil {
+		return Blob{}, fmt.Errorf("pack layer %s: %w", id, err)
+	}
+	b := Blob{DiffID: info.DiffID}
+	b.Desc, err = m.DiffID(ctx, info.DiffID, c, func(context.Context) (layer.ID, error) { return id, nil })
+	if err != nil {
+		return Blob{}, err
+	}
+	if b.Desc.Digest == b.DiffID {
+		b.tar = id
+	}
+	return b, nil
+}
+
+// DiffID is Layer for who does not know yet which layer has the diff ID; find is asked only if it must be read.
+func (m *Maker) DiffID(ctx context.Context, diffID digest.Digest, c Compression, find func(context.Context) (layer.ID, error)) (ocispec.Descriptor, error) {
+	release, err := m.making.acquire(ctx, diffID)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer release()
+	if desc, ok, err := m.known(diffID, c); err != nil || ok {
+		return desc, err
+	}
+	id, err := find(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	tar, sizeBytes, err := m.deps.Layers.OpenTar(ctx, id)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("layer %s: %w", id, err)
+	}
+	defer tar.Close()
+	if c.Kind == compress.None {
+		return ocispec.Descriptor{MediaType: compress.MediaType(compress.None, false), Digest: diffID, Size: sizeBytes}, nil
+	}
+	desc, err := m.compress(ctx, diffID, tar, c)
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("compress layer %s: %w", diffID, err)
+	}
+	return desc, nil
+}
+
+// made is under what compressed forms of our own are remembered, beside the plain kinds, which may be pulled ones: that is
+// how the two are told apart.
+func made(c Compression) compress.Kind {
+	_, _, usual := compress.Levels(c.Kind)
+	if c.Level == nil || *c.Level == usual {
+		return "made+" + c.Kind
+	}
+	return compress.Kind(fmt.Sprintf("made+%s-%d", c.Kind, *c.Level))
+}
+
+// known looks for a blob that is there. What was pulled comes first, whatever its compression: others have it too.
+func (m *Maker) known(diffID digest.Digest, c Compression) (ocispec.Descriptor, bool, error) {
+	kinds := []compress.Kind{compress.Gzip, compress.Zstd}
+	slices.SortStableFunc(kinds, func(a, b compress.Kind) int { // the one that is wanted first
+		switch c.Kind {
+		case a:
+			return -1
+		case b:
+			return 1
+		}
+		return 0
+	})
+	for _, kind := range kinds {
+		desc, ok, err := m.memo.Get(diffID, kind)
+		if err != nil {
+			return ocispec.Descriptor{}, false, err
+		}
+		if !ok || c.Force && (kind != c.Kind || c.Level != nil) {
+			continue
+		}
+		ours, ok, err := m.memo.Get(diffID, made(Compression{Kind: kind}))
+		if err != nil {
+			return ocispec.Descriptor{}, false, err
+		}
+		if !ok || ours.Digest != desc.Digest {
+			return desc, true, nil
+		}
+	}
+	if c.Kind == compress.None {
+		return ocispec.Descriptor{}, false, nil
+	}
+	return m.memo.Get(diffID, made(c))
+}
+
+// compress makes a blob. The tar is read once: its own digest is checked on the way, so that a damaged layer cannot leave
+// the machine.
+func (m *Maker) compress(ctx context.Context, diffID digest.Digest, tar io.Reader, c Compression) (ocispec.Descriptor, error) {
+	w, err := m.deps.Blobs.Writer(ctx)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer w.Close()
+	_, _, level := compress.Levels(c.Kind)
+	if c.Level != nil {
+		level = *c.Level
+	}
+	in := verify(tar, diffID)
+	buffered := bufio.NewWriterSize(w, 1<<20)
+	if err := compress.Write(ctx, buffered, in, c.Kind, level); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if err := buffered.Flush(); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	desc := ocispec.Descriptor{MediaType: compress.MediaType(c.Kind, false), Digest: w.Digest(), Size: w.Size()}
+	if err := w.Commit(desc.Size, desc.Digest); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	key := made(c)
+	if err := m.memo.Put(diffID, key, desc); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if key == made(Compression{Kind: c.Kind}) {
+		if _, ok, err := m.memo.Get(diffID, c.Kind); err != nil || ok {
+			return desc, err
+		}
+		return desc, m.memo.Put(diffID, c.Kind, desc)
+	}
+	return desc, nil
+}
+
+// Open opens a blob for reading from its beginning. The end is an error if the bytes are not those of its digest; a process
+// finds that out once.
+func (m *Maker) Open(ctx context.Context, b Blob) (io.ReadCloser, error) {
+	if b.tar == "" {
+		return OpenBlob(m.deps.Blobs, b.Desc)
+	}
+	tar, sizeBytes, err := m.deps.Layers.OpenTar(ctx, b.tar)
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", b.tar, err)
+	}
+	if sizeBytes != b.Desc.Size {
+		_ = tar.Close()
+		return nil, fmt.Errorf("layer %s: its tar has %d bytes, want %d", b.tar, sizeBytes, b.Desc.Size)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.verified[b.tar] {
+		return tar, nil
+	}
+	v := verify(tar, b.Desc.Digest)
+	v.good = func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.verified[b.tar] = true
+	}
+	return readCloser{v, tar}, nil
+}
+
+// OpenBlob opens a blob of the store. The end is an error if the bytes are not those of its digest.
+func OpenBlob(blobs *blob.Store, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	r, err := blobs.Open(desc.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if r.Size() != desc.Size {
+		_ = r.Close()
+		return nil, fmt.Errorf("blob %s: has %d bytes, want %d", desc.Digest, r.Size(), desc.Size)
+	}
+	return r, nil
+}
+
+type readCloser struct {
+	io.Reader
+	io.Closer
+}
+
+// verified fails at the end of the stream if it was not what it should have been.
+type verified struct {
+	r    io.Reader
+	want digest.Digest
+	hash digest.Digester
+	good func() // called when it was; may be nil
+}
+
+func verify(r io.Reader, want digest.Digest) *verified {
+	return &verified{r: r, want: want, hash: want.Algorithm().Digester()}
+}
+
+func (v *verified) Read(p []byte) (int, error) {
+	n, err := v.r.Read(p)
+	v.hash.Hash().Write(p[:n])
+	if err == io.EOF {
+		if got := v.hash.Digest(); got != v.want {
+			return n, fmt.Errorf("the layer is damaged: its tar has digest %s", got)
+		}
+		if v.good != nil {
+			v.good()
+		}
+	}
+	return n, err
+}
+
+// locks is a lock for each key.
+type locks struct {
+	mu   sync.Mutex // guards held
+	held map[digest.Digest]chan struct{}
+}
+
+// acquire waits for the lock of key, or for the end of ctx.
+func (l *locks) acquire(ctx context.Context, key digest.Digest) (release func(), err error) {
+	for {
+		l.mu.Lock()
+		if l.held == nil {
+			l.held = map[digest.Digest]chan struct{}{}
+		}
+		busy, ok := l.held[key]
+		if !ok {
+			done := make(chan struct{})
+			l.held[key] = done
+			l.mu.Unlock()
+			return func() {
+				l.mu.Lock()
+				delete(l.held, key)
+				l.mu.Unlock()
+				close(done)
+			}, nil
+		}
+		l.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}

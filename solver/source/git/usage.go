@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package git
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/seed-68981b69/slipway/cache"
+)
+
+// Repositories are the bare repositories that sources fetch into, a directory for each remote, used by one checkout at a
+// time. They are a cache.Source: they take room, and can be fetched again. Their methods may be called concurrently.
+type Repositories struct {
+	dir   string
+	mu    sync.Mutex // guards what follows
+	locks map[string]*sync.Mutex
+}
+
+var _ cache.Source = (*Repositories)(nil)
+
+// remoteFile in a bare repository names its remote, without user and password, and its time is that of the last use.
+const remoteFile = "slipway-remote"
+
+// NewRepositories keeps repositories in dir, which is made when it is needed.
+func NewRepositories(dir string) *Repositories {
+	return &Repositories{dir: dir, locks: map[string]*sync.Mutex{}}
+}
+
+// of returns the lock of a directory.
+func (r *Repositories) of(name string) *sync.Mutex {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.locks[name] == nil {
+		r.locks[name] = new(sync.Mutex)
+	}
+	return r.locks[name]
+}
+
+// noteUse says that a repository has been used now. Trouble costs that it is thought older than it is.
+func noteUse(bare, remote string) {
+	if _, err := os.Stat(bare); err == nil {
+		_ = os.WriteFile(filepath.Join(bare, remoteFile), []byte(redactUser(remote)), 0o600)
+	}
+}
+
+// Usage implements cache.Source.
+func (r *Repositories) Usage(ctx context.Context) ([]cache.Usage, error) {
+	entries, err := os.ReadDir(r.dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("git repositories: %w", err)
+	}
+	var list []cache.Usage
+	for _, e := range entries {
+		if !e.IsDir() {
+			continue
+		}
+		bare := filepath.Join(r.dir, e.Name())
+		size, err := cache.DirUsage(ctx, bare)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("git repositories: %w", err)
+		}
+		u := cache.Usage{ID: usageID(e.Name()), Type: cache.TypeRegular, Description: "git repository", Mutable: true, InUse: true, Size: size}
+		if lock := r.of(e.Name()); lock.TryLock() {
+			u.InUse = false
+			lock.Unlock()
+		}
+		if remote, err := os.ReadFile(filepath.Join(bare, remoteFile)); err == nil {
+			u.Description += " of " + string(remote)
+		}
+		if st, err := os.Stat(filepath.Join(bare, remoteFile)); err == nil {
+			u.LastUsed = st.ModTime()
+		} else if info, err := e.Info(); err == nil {
+			u.LastUsed = info.ModTime()
+		}
+		u.Created = u.LastUsed
+		list = append(list, u)
+	}
+	return list, nil
+}
+
+func usageID(name string) string { return "git-" + name }
+
+// Remove implements cache.Source.
+func (r *Repositories) Remove(ctx context.Context, id string) (bool, error) {
+	name := filepath.Base(id)
+	if len(name) < 5 || usageID(name[4:]) != id {
+		return false, fmt.Errorf("git repository %q: no such ID", id)
+	}
+	lock := r.of(name[4:])
+	if !lock.TryLock() {
+		return false, nil
+	}
+	defer lock.Unlock()
+	if err := os.RemoveAll(filepath.Join(r.dir, name[4:])); err != nil {
+		return false, fmt.Errorf("delete git repository: %w", err)
+	}
+	return true, nil
+}
