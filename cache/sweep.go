@@ -147,7 +147,7 @@ func (s *Store) carryOut(ctx context.Context, inv *inventory, plan plan, horizon
 // forget drops the facts about what is gone: deleted now, or before a crash that came before forget.
 func (s *Store) forget(layers []layer.ID) error {
 	for _, bucket := range blobBuckets {
-		err := s.dropValues(bucket, func(value []byte) bool {
+		err := s.Records.DropValues(bucket, func(value []byte) bool {
 			return slices.ContainsFunc(findDigests(value), func(d digest.Digest) bool {
 				_, err := os.Lstat(filepath.Join(s.Blobs.Dir(), "blobs", string(d.Algorithm()), d.Encoded()))
 				return errors.Is(err, os.ErrNotExist)
@@ -160,29 +160,10 @@ func (s *Store) forget(layers []layer.ID) error {
 	if len(layers) == 0 {
 		return nil
 	}
-	gone := map[layer.ID]bool{}
-	for _, id := range layers {
-		gone[id] = true
-	}
-	return s.dropValues(image.LayersBucket, func(value []byte) bool {
+	return s.Records.DropValues(image.LayersBucket, func(value []byte) bool {
 		var snap snapshot.Snapshot
-		return json.Unmarshal(value, &snap) != nil || slices.ContainsFunc(snap, func(id layer.ID) bool { return gone[id] })
+		return json.Unmarshal(value, &snap) != nil || slices.ContainsFunc(snap, func(id layer.ID) bool { return !s.Layers.Exists(id) })
 	})
-}
-
-// dropValues removes the values of a bucket that stale says are.
-func (s *Store) dropValues(bucket string, stale func(value []byte) bool) error {
-	drop := map[string][]byte{}
-	err := s.Records.WalkValues(bucket, func(key string, value []byte) error {
-		if stale(value) {
-			drop[key] = nil
-		}
-		return nil
-	})
-	if err != nil || len(drop) == 0 {
-		return err
-	}
-	return s.Records.ChangeValues(bucket, drop)
 }
 
 // compact gives back the database's room in the background.

@@ -257,6 +257,18 @@ func (s *Store) path(id ID, name string) string {
 	return filepath.Join(s.dir, string(id), name)
 }
 
+// Exists reports whether a layer is on disk or held. Unlike Stat it does not count as a use.
+func (s *Store) Exists(id ID) bool {
+	s.mu.Lock()
+	held := s.held[id] != nil
+	s.mu.Unlock()
+	if held {
+		return true
+	}
+	_, err := s.load(id)
+	return err == nil
+}
+
 // load returns what info.json of a layer on disk says. A layer whose info cannot be read does not exist.
 func (s *Store) load(id ID) (*meta, error) {
 	if !id.valid() {

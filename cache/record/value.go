@@ -70,6 +70,42 @@ func (s *Store) changeValues(bucket string, change map[string][]byte, sync bool)
 	return nil
 }
 
+// DropValues removes the keys of bucket whose value stale says is about what is gone. stale is asked once without and, for
+// those, once more with all writing held back, so that a value that was set in the meantime stays; it must not write
+// to the store.
+func (s *Store) DropValues(bucket string, stale func(value []byte) bool) error {
+	var keys []string
+	err := s.WalkValues(bucket, func(key string, value []byte) error {
+		if stale(value) {
+			keys = append(keys, key)
+		}
+		return nil
+	})
+	if err != nil || len(keys) == 0 {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var w writes
+	for _, key := range keys {
+		name, err := valueKey(bucket, key)
+		if err != nil {
+			return err
+		}
+		raw, err := s.get(name)
+		if err != nil {
+			return fmt.Errorf("drop values of %s: %w", bucket, err)
+		}
+		if value, err := unseal(raw); raw != nil && err == nil && stale(value) {
+			w.del(name)
+		}
+	}
+	if err := s.write(w, true); err != nil {
+		return fmt.Errorf("drop values of %s: %w", bucket, err)
+	}
+	return nil
+}
+
 // WalkValues calls fn for every key of bucket, in the order of the keys, as they were when it began. fn may keep value and
 // may call any method of the store.
 func (s *Store) WalkValues(bucket string, fn func(key string, value []byte) error) error {
