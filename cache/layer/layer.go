@@ -512,17 +512,18 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 		}
 	}
 	err := s.fs.Rename(tmp, s.path(m.ID, ""))
-	if errors.Is(err, syscall.EEXIST) || errors.Is(err, syscall.ENOTEMPTY) {
+	for errors.Is(err, syscall.EEXIST) || errors.Is(err, syscall.ENOTEMPTY) {
 		if _, merr := s.meta(m.ID); merr == nil {
 			s.removeAll(tmp)
 			return nil
 		}
-		// What is there is damaged: out of the way with it.
+		// What is there is damaged: out of the way with it. Or it is just being deleted, and gone by now.
 		trash := s.tmpName()
-		if err := s.fs.Rename(s.path(m.ID, ""), trash); err != nil {
+		if err := s.fs.Rename(s.path(m.ID, ""), trash); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
+		} else if err == nil {
+			s.removeAll(trash)
 		}
-		s.removeAll(trash)
 		err = s.fs.Rename(tmp, s.path(m.ID, ""))
 	}
 	if err != nil {
