@@ -15,10 +15,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/session/grpchijack"
 	mobyclient "github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 
@@ -146,14 +148,44 @@ func (a *app) buildkit(ctx context.Context) (*bkclient.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := bkclient.New(ctx, "unix://"+a.socket(), bkclient.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-		return dial(ctx)
-	}))
+	var c *bkclient.Client
+	c, err = bkclient.New(ctx, "unix://"+a.socket(),
+		bkclient.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx) }),
+		bkclient.WithSessionDialer(func(ctx context.Context, proto string, meta map[string][]string) (net.Conn, error) {
+			conn, err := grpchijack.Dialer(c.ControlClient())(ctx, proto, meta)
+			if err != nil {
+				return nil, err
+			}
+			return &sessionConn{Conn: conn}, nil
+		}))
 	if err != nil {
 		return nil, err
 	}
 	a.onClose(c.Close)
 	return c, nil
+}
+
+// sessionConn is the connection of a build's session, and ends when it is closed. BuildKit's own (v0.34.2, grpchijack) gives
+// its reader what was in its buffer behind the last message when it is closed while a message is on its way; to the
+// HTTP/2 library that is a protocol error, over which it takes a second. One in forty cached builds ran into it.
+type sessionConn struct {
+	net.Conn
+	closed atomic.Bool
+}
+
+// Read implements net.Conn.
+func (c *sessionConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if c.closed.Load() {
+		return 0, io.EOF
+	}
+	return n, err
+}
+
+// Close implements net.Conn.
+func (c *sessionConn) Close() error {
+	c.closed.Store(true)
+	return c.Conn.Close()
 }
 
 // docker returns a client of the engine's Docker Engine API. It is closed with the app.
