@@ -47,16 +47,16 @@ build: runner ## build bin/slipway, installing the few packages that needs
 
 test: deps-test runner ## run all tests, installing what they need (as root: with containers and mounts)
 	@[ "$$(id -u)" = 0 ] || echo "make: NOT ROOT: everything that needs containers, mounts or namespaces will be SKIPPED" >&2
-	$(GO) test ./...
+	$(GO) test -timeout 30m ./...
 
 race: deps-test runner ## run the tests of solver, cache and executor under the race detector
-	$(GO) test -race ./solver/... ./cache/... ./executor/...
+	$(GO) test -timeout 30m -race ./solver/... ./cache/... ./executor/...
 
 script: deps-test runner ## run the end-to-end scripts only
 	$(GO) test -count=1 -run 'TestScript' ./cmd/slipway
 
 realworld: deps-test runner ## build the Dockerfiles in testdata/realworld only (apt, npm, Go modules)
-	$(GO) test -count=1 -v -run 'TestRealWorld' ./cmd/slipway
+	$(GO) test -timeout 30m -count=1 -v -run 'TestRealWorld' ./cmd/slipway
 
 fuzz: ## run each fuzz target for 20 seconds
 	@for pkg in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
