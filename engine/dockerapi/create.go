@@ -599,6 +599,9 @@ func planMount(m mount.Mount) (plannedMount, error) {
 			if o.ReadOnlyForceRecursive {
 				return plannedMount{}, unsupported("BindOptions.ReadOnlyForceRecursive")
 			}
+			if o.ReadOnlyNonRecursive {
+				return plannedMount{}, unsupported("BindOptions.ReadOnlyNonRecursive")
+			}
 			out.create, out.recursive = o.CreateMountpoint, !o.NonRecursive
 		}
 	case mount.TypeVolume:

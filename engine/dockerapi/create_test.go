@@ -86,6 +86,7 @@ func TestRefusedOptions(t *testing.T) {
 		{`{"PortBindings":{"80/tcp":[{"HostPort":"8000-8010"}]}}`, "range of host ports"},
 		{`{"Binds":["/a:/b:rshared"]}`, "propagation"},
 		{`{"Mounts":[{"Type":"image","Source":"x","Target":"/y"}]}`, "mounts of type"},
+		{`{"Mounts":[{"Type":"bind","Source":"/x","Target":"/y","ReadOnly":true,"BindOptions":{"ReadOnlyNonRecursive":true}}]}`, "BindOptions.ReadOnlyNonRecursive"},
 		{`{"Tmpfs":{"/t":"uid=5"}}`, "tmpfs option"},
 	} {
 		var h container.HostConfig
