@@ -122,7 +122,7 @@ func (r *Registry) Verify(ctx context.Context, host, user, password string) erro
 		return err
 	}
 	who := build(r.opts, r.hosts, func(context.Context, string) (string, string, error) { return user, password, nil })
-	rh, err := who.host(host)
+	rh, err := who.pushHost(host)
 	if err == nil {
 		u := &uploader{ctx: r.context(ctx), host: rh}
 		var resp *http.Response

@@ -3,7 +3,6 @@
 package registry
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -23,13 +22,14 @@ import (
 type hosts struct {
 	opts Options
 
-	mu     sync.Mutex // guards byHost and plain
+	mu     sync.Mutex // guards what follows
 	byHost map[string]http.RoundTripper
 	plain  *http.Transport
+	files  map[string][]docker.RegistryHost // what a hosts.toml says of a registry; nil when there is none
 }
 
 func newHosts(opts Options) *hosts {
-	return &hosts{opts: opts, byHost: map[string]http.RoundTripper{}}
+	return &hosts{opts: opts, byHost: map[string]http.RoundTripper{}, files: map[string][]docker.RegistryHost{}}
 }
 
 // RoundTrip sends req with the settings of its host.
@@ -47,25 +47,46 @@ func (h *hosts) transport(host string) (http.RoundTripper, error) {
 	if rt, ok := h.byHost[host]; ok {
 		return rt, nil
 	}
-	conf, own, err := tlsConfig(h.opts.CertDirs, host)
+	rt, err := h.newRoundTripper(host)
 	if err != nil {
 		return nil, err
 	}
-	var rt http.RoundTripper
-	switch {
-	case own:
-		rt = newTransport(conf)
-	case h.lenient(host):
-		// Like docker: TLS is tried first, without asking who vouches for it, then plain HTTP.
-		rt = docker.NewHTTPFallback(newTransport(&tls.Config{InsecureSkipVerify: true}))
-	default:
-		if h.plain == nil {
-			h.plain = newTransport(&tls.Config{})
-		}
-		rt = h.plain
-	}
 	h.byHost[host] = rt
 	return rt, nil
+}
+
+// newRoundTripper makes what speaks to host. mu is held.
+func (h *hosts) newRoundTripper(host string) (http.RoundTripper, error) {
+	var conf *tls.Config
+	var own bool
+	var err error
+	settings, listed := h.settings(host)
+	if listed {
+		conf, own, err = settings.tls(host)
+	} else {
+		conf, own, err = tlsConfig(h.opts.CertDirs, host)
+	}
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case settings.insecure():
+		conf.InsecureSkipVerify = true
+		rt := http.RoundTripper(h.newTransport(conf))
+		if settings.http(host) {
+			rt = docker.NewHTTPFallback(rt)
+		}
+		return rt, nil
+	case own:
+		return h.newTransport(conf), nil
+	case settings.HTTP == nil && h.lenient(host):
+		// Like docker: TLS is tried first, without asking who vouches for it, then plain HTTP.
+		return docker.NewHTTPFallback(h.newTransport(&tls.Config{InsecureSkipVerify: true})), nil
+	}
+	if h.plain == nil {
+		h.plain = h.newTransport(&tls.Config{})
+	}
+	return h.plain, nil
 }
 
 func (h *hosts) lenient(host string) bool {
@@ -77,16 +98,20 @@ func (h *hosts) scheme(host string) string {
 	if h.opts.PlainHTTP != nil && h.opts.PlainHTTP(host) {
 		return "http"
 	}
+	if s, ok := h.settings(host); ok && s.HTTP != nil && *s.HTTP && !s.insecure() {
+		return "http"
+	}
 	return "https"
 }
 
-func newTransport(conf *tls.Config) *http.Transport {
+func (h *hosts) newTransport(conf *tls.Config) *http.Transport {
 	return &http.Transport{
 		Proxy: http.ProxyFromEnvironment,
 		DialContext: (&net.Dialer{
 			Timeout:   15 * time.Second,
 			KeepAlive: 30 * time.Second,
 		}).DialContext,
+		MaxConnsPerHost:     h.opts.MaxConnsPerHost,
 		MaxIdleConns:        32,
 		MaxIdleConnsPerHost: 8, // as many as blobs are moved at once, so that none has to connect again
 		IdleConnTimeout:     30 * time.Second,
@@ -118,15 +143,8 @@ func isLoopback(host string) bool {
 // certificate. own says that there was something.
 func tlsConfig(dirs []string, host string) (conf *tls.Config, own bool, err error) {
 	conf = &tls.Config{}
-	if strings.ContainsAny(host, "/\\") || host == "" || host[0] == '.' {
-		return conf, false, nil
-	}
-	names := []string{host}
-	if name, port, err := net.SplitHostPort(host); err == nil {
-		names = append(names, name+"_"+port+"_", name) // containerd's spelling; docker's for every port
-	}
 	for _, dir := range dirs {
-		for _, name := range names {
+		for _, name := range hostDirs(host) {
 			d := filepath.Join(dir, name)
 			files, err := os.ReadDir(d)
 			if os.IsNotExist(err) {
@@ -137,8 +155,6 @@ func tlsConfig(dirs []string, host string) (conf *tls.Config, own bool, err erro
 			for _, f := range files {
 				p := filepath.Join(d, f.Name())
 				switch {
-				case f.Name() == "hosts.toml":
-					return nil, false, fmt.Errorf("registry settings for %s: not supported yet: %s", host, p)
 				case strings.HasSuffix(p, ".crt"):
 					if err := addAuthority(conf, p); err != nil {
 						return nil, false, err
@@ -161,6 +177,18 @@ func tlsConfig(dirs []string, host string) (conf *tls.Config, own bool, err erro
 	return conf, false, nil
 }
 
+// hostDirs are the directories that may have the settings of host, the most specific first.
+func hostDirs(host string) []string {
+	if strings.ContainsAny(host, "/\\") || host == "" || host[0] == '.' {
+		return nil
+	}
+	names := []string{host}
+	if name, port, err := net.SplitHostPort(host); err == nil {
+		names = append(names, name+"_"+port+"_", name) // containerd's spelling; docker's for every port
+	}
+	return names
+}
+
 func addAuthority(conf *tls.Config, path string) error {
 	pem, err := os.ReadFile(path)
 	if err != nil {
@@ -175,41 +203,4 @@ func addAuthority(conf *tls.Config, path string) error {
 		return fmt.Errorf("certificate authority %s: no PEM certificate in it", path)
 	}
 	return nil
-}
-
-// host returns how the registry that names call host is reached, with the authorizer that keeps its tokens.
-func (r *Registry) host(host string) (docker.RegistryHost, error) {
-	addr := host
-	if host == "docker.io" || host == "index.docker.io" {
-		addr = "registry-1.docker.io"
-	}
-	// Fail here, with a good message, rather than in the middle of a request.
-	if _, err := r.hosts.transport(addr); err != nil {
-		return docker.RegistryHost{}, err
-	}
-	client := &http.Client{Transport: &retry{next: r.hosts, tries: r.opts.Tries, wait: r.opts.Wait}}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	auth, ok := r.authorizers[addr]
-	if !ok {
-		auth = docker.NewDockerAuthorizer(
-			docker.WithAuthClient(client),
-			docker.WithAuthHeader(http.Header{"User-Agent": {userAgent}}),
-			docker.WithAuthCreds(func(h string) (string, string, error) {
-				// The library has no context for us; a client or helper that is gone must not hold a build up for ever.
-				ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-				defer cancel()
-				return r.lookup(ctx, h)
-			}),
-		)
-		r.authorizers[addr] = auth
-	}
-	return docker.RegistryHost{
-		Client:       client,
-		Authorizer:   auth,
-		Host:         addr,
-		Scheme:       r.hosts.scheme(addr),
-		Path:         "/v2",
-		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityPush,
-	}, nil
 }

@@ -107,7 +107,7 @@ type uploader struct {
 }
 
 func (r *Registry) uploader(ctx context.Context, named reference.Named) (*uploader, error) {
-	host, err := r.host(reference.Domain(named))
+	host, err := r.pushHost(reference.Domain(named))
 	if err != nil {
 		return nil, err
 	}

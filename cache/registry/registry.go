@@ -40,9 +40,14 @@ type Options struct {
 	// Insecure says which hosts may have a certificate that nobody vouches for, or speak plain HTTP. Hosts on
 	// loopback without a CA directory of their own always may.
 	Insecure func(host string) bool
-	// CertDirs are searched for HOST/*.crt (authorities) and HOST/*.cert with *.key (client certificates).
-	// nil means /etc/docker/certs.d and /etc/containerd/certs.d.
+	// Hosts are the settings of single registries and mirrors, by the host that images name ("docker.io" is Docker Hub).
+	// A host that is listed here is not looked up in CertDirs.
+	Hosts map[string]Host
+	// CertDirs are searched for HOST/hosts.toml (containerd's: mirrors with their settings), or else for HOST/*.crt (authorities) and
+	// HOST/*.cert with *.key (client certificates). nil means /etc/docker/certs.d and /etc/containerd/certs.d.
 	CertDirs []string
+	// MaxConnsPerHost bounds the connections to one host; 0 is no bound.
+	MaxConnsPerHost int
 	// Tries is how often a request is made at most; 0 means 3.
 	Tries int
 	// Wait pauses between tries; nil waits on the clock. Tests set it.
@@ -94,13 +99,7 @@ func build(opts Options, h *hosts, creds Credentials) *Registry {
 	r := &Registry{opts: opts, hosts: h, creds: creds, authorizers: map[string]docker.Authorizer{}}
 	r.resolve = docker.NewResolver(docker.ResolverOptions{
 		Headers: http.Header{"User-Agent": {userAgent}},
-		Hosts: func(host string) ([]docker.RegistryHost, error) {
-			rh, err := r.host(host)
-			if err != nil {
-				return nil, err
-			}
-			return []docker.RegistryHost{rh}, nil
-		},
+		Hosts:   r.endpoints,
 	})
 	return r
 }

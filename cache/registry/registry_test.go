@@ -323,7 +323,7 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(tomls, basic.Host), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(tomls, basic.Host, "hosts.toml"), []byte("server = 'x'"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(tomls, basic.Host, "hosts.toml"), []byte("server = "), 0o644); err != nil {
 		t.Fatal(err)
 	}
 
@@ -387,10 +387,10 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 			[]string{"speaks plain HTTP"},
 		},
 		{
-			"settings that we do not read",
+			"settings that cannot be read",
 			registry.Options{CertDirs: []string{tomls}},
 			resolve(basic.Host + "/a"), nil,
-			[]string{"not supported yet", "hosts.toml"},
+			[]string{"registry settings for " + basic.Host, "hosts.toml"},
 		},
 		{"bad name", registry.Options{}, resolve("host.invalid/UPPER"), nil, []string{"host.invalid/UPPER", "lowercase"}},
 	} {
