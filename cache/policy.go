@@ -57,10 +57,15 @@ const (
 // (at most 100 GB) are the most it takes, and a fifth should stay free.
 func DefaultPolicies(d Disk) []Policy {
 	limits := Policy{
-		ReservedSpace: min(percent(d, reservedPercent), maxReservedBytes),
-		MaxUsedSpace:  min(percent(d, usedPercent), maxUsedBytes),
-		MinFreeSpace:  percent(d, freePercent),
+		ReservedSpace: min(d.Percent(reservedPercent), maxReservedBytes),
+		MaxUsedSpace:  min(d.Percent(usedPercent), maxUsedBytes),
+		MinFreeSpace:  d.Percent(freePercent),
 	}
+	return DefaultPoliciesWithin(limits)
+}
+
+// DefaultPoliciesWithin are BuildKit's default rules with the sizes of limits.
+func DefaultPoliciesWithin(limits Policy) []Policy {
 	reproducible := Policy{
 		Filters:      []string{"type==" + string(TypeLocal), "type==" + string(TypeCacheMount), "type==" + string(TypeGit)},
 		KeepDuration: reproducibleAge,
@@ -72,8 +77,8 @@ func DefaultPolicies(d Disk) []Policy {
 	return []Policy{reproducible, unused, regular, all}
 }
 
-// percent is that part of the disk, rounded up to the next gigabyte as BuildKit does.
-func percent(d Disk, n int64) int64 {
+// Percent is that part of the disk in bytes, rounded up to the next gigabyte as BuildKit does.
+func (d Disk) Percent(n int64) int64 {
 	if d.Total == 0 {
 		return 2e9
 	}
