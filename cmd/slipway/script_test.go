@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
+	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
 	"github.com/seed-68981b69/slipway/executor/runc/runctest"
 )
 
@@ -65,6 +66,8 @@ func TestMain(m *testing.M) {
 //	daemon-kill                kill -9 of the engine
 //	tmpfs DIR SIZE             mounts a small file system until the script ends
 //	as-nobody PROGRAM…         like exec, as user and group 65534; exit status 1 or 2 is wanted with !
+//	[!] buildctl [ARG...]      BuildKit's own client, which is built when it is needed first, against the script's engine, which is
+//	                           started when none runs; without arguments it makes things ready, and "exec buildctl … &" works from there on
 //
 // Conditions: [root] and [overlay] (overlayfs and namespaces may be used), [skopeo] and [busybox] (installed). The store is
 // $SLIPWAY_ROOT. When a script ends its engine is stopped; what the engine leaves behind (a mount, a process, an interface, a table, a
@@ -104,6 +107,7 @@ func TestScript(t *testing.T) {
 			"daemon-kill":    scriptDaemonKill,
 			"tmpfs":          scriptTmpfs,
 			"as-nobody":      scriptAsNobody,
+			"buildctl":       scriptBuildctl,
 		},
 	})
 }
@@ -550,6 +554,23 @@ func scriptDaemonKill(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0))
 	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(scriptPatience.Milliseconds())); err != nil && !errors.Is(err, unix.EINTR) {
 		ts.Fatalf("wait for the engine to be dead: %v", err)
+	}
+}
+
+// scriptBuildctl runs BuildKit's client with $BUILDKIT_HOST, which it sets to the script's own engine when nothing else has.
+func scriptBuildctl(ts *testscript.TestScript, neg bool, args []string) {
+	if ts.Getenv("BUILDKIT_HOST") == "" {
+		program, err := buildctltest.Buildctl()
+		ts.Check(err)
+		ts.Setenv("PATH", ts.Getenv("PATH")+string(os.PathListSeparator)+filepath.Dir(program))
+		a := &app{root: ts.Getenv("SLIPWAY_ROOT")}
+		ts.Setenv("BUILDKIT_HOST", "unix://"+a.socket())
+		if _, err := a.daemonPID(context.Background()); err != nil {
+			ts.Check(ts.Exec("slipway", "ps")) // any client starts the engine
+		}
+	}
+	if len(args) > 0 {
+		checkOutcome(ts, neg, ts.Exec("buildctl", args...))
 	}
 }
 
