@@ -41,10 +41,12 @@ import (
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
 	"github.com/seed-68981b69/slipway/solver/op"
+	"github.com/seed-68981b69/slipway/solver/source/blob"
 	"github.com/seed-68981b69/slipway/solver/source/git"
 	"github.com/seed-68981b69/slipway/solver/source/http"
 	"github.com/seed-68981b69/slipway/solver/source/image"
 	"github.com/seed-68981b69/slipway/solver/source/local"
+	layoutsource "github.com/seed-68981b69/slipway/solver/source/ocilayout"
 )
 
 // Version is ours; release builds set it.
@@ -150,6 +152,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		Blobs: st.Blobs, Layers: st.Layers, Snapshots: st.Snapshots, Images: st.Images, Records: st.Records, Registry: remote,
 	}
 	resolver, puller := image.NewResolver(sourceDeps), image.NewPuller(sourceDeps)
+	layoutResolver := layoutsource.NewResolver(st.Blobs)
 	layerBlobs := layerblob.New(layerblob.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records})
 	pusher := registryexporter.New(registryexporter.Deps{
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs,
@@ -160,6 +163,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	}
 
 	httpSource := op.SourceFunc(http.New(http.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records}))
+	blobSource := op.SourceFunc(blob.New(blob.Deps{Layers: st.Layers, Blobs: st.Blobs, Registry: resolver.Registry}))
 	caches := op.NewCacheMounts(e.path("mounts"))
 	repositories := git.NewRepositories(e.path("git"))
 	st.AddSource(caches)
@@ -173,11 +177,14 @@ func (e *Engine) openAPIs(opts Options) error {
 		Layers:    st.Layers,
 		Executor:  e.executor,
 		Sources: map[string]op.SourceFunc{
-			"docker-image": image.New(resolver, puller),
-			local.Scheme:   local.New(local.Deps{Layers: st.Layers, Contexts: e.contexts}),
-			"http":         httpSource,
-			"https":        httpSource,
-			git.Scheme:     git.New(git.Deps{Layers: st.Layers, Repositories: repositories}),
+			"docker-image":      image.New(resolver, puller),
+			layoutsource.Scheme: layoutsource.New(layoutResolver, puller),
+			blob.RegistryScheme: blobSource,
+			blob.LayoutScheme:   blobSource,
+			local.Scheme:        local.New(local.Deps{Layers: st.Layers, Contexts: e.contexts}),
+			"http":              httpSource,
+			"https":             httpSource,
+			git.Scheme:          git.New(git.Deps{Layers: st.Layers, Repositories: repositories}),
 		},
 		Caches:  caches,
 		TempDir: e.path("tmp"),
@@ -209,6 +216,9 @@ func (e *Engine) openAPIs(opts Options) error {
 		Images: func(ctx context.Context, env *solver.Env, ref string, p *ocispec.Platform, mode string) (digest.Digest, []byte, error) {
 			dgst, config, _, err := resolver.ResolveConfig(ctx, env, ref, p, mode)
 			return dgst, config, err
+		},
+		Layouts: func(ctx context.Context, env *solver.Env, ref, session, store string, p *ocispec.Platform) (digest.Digest, []byte, error) {
+			return layoutResolver.ResolveConfig(ctx, env, ref, layoutsource.Layout{Session: session, Store: store}, p)
 		},
 		Exporters: exporter.Types{
 			"image": imageexporter.New(imageexporter.Deps{

@@ -398,3 +398,8 @@ func (s *runSession) Credentials(ctx context.Context, host string) (user, secret
 	}
 	return "", "", nil
 }
+
+// LayoutBlob implements LayoutSession.
+func (s *runSession) LayoutBlob(ctx context.Context, session, store string, dgst digest.Digest) (LayoutBlob, error) {
+	return OpenLayoutBlob(ctx, s.client(), session, store, dgst)
+}

@@ -7,6 +7,7 @@ package solver
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"sync/atomic"
 	"time"
@@ -118,6 +119,31 @@ type Session interface {
 	SSHAgent(ctx context.Context, id string) (socket string, release func(), err error)
 	// Credentials returns the user and secret for a registry host, "" when the client knows none.
 	Credentials(ctx context.Context, host string) (user, secret string, err error)
+}
+
+// LayoutSession is a Session whose client may offer OCI layouts.
+type LayoutSession interface {
+	Session
+	// LayoutBlob opens a blob of the OCI layout that the client offers under the name store. session names the
+	// session of another client; "" is this one. Nothing about the bytes has been verified. Errors wrap ErrNotFound when
+	// there is no such layout or no such blob in it.
+	LayoutBlob(ctx context.Context, session, store string, dgst digest.Digest) (LayoutBlob, error)
+}
+
+// OpenLayoutBlob is s's LayoutBlob. For a session that has no layouts, or none at all, it is an error that wraps ErrNotFound.
+func OpenLayoutBlob(ctx context.Context, s Session, session, store string, dgst digest.Digest) (LayoutBlob, error) {
+	if l, ok := s.(LayoutSession); ok {
+		return l.LayoutBlob(ctx, session, store, dgst)
+	}
+	return nil, fmt.Errorf("the client offers no OCI layouts: %w", ErrNotFound)
+}
+
+// LayoutBlob is an open blob of a client's OCI layout.
+type LayoutBlob interface {
+	io.ReaderAt
+	io.Closer
+	// Size in bytes, as the client says.
+	Size() int64
 }
 
 // LocalRequest asks for a directory of the client.

@@ -92,7 +92,7 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.load, "load", false, "put the image into the local store, beside what --output makes")
 	f.StringArrayVarP(&o.outputs, "output", "o", nil, "what to make, may be repeated: DIR, - for a tar on standard output,\n"+
 		"or type=image|registry|local|tar|oci|docker|cacheonly,KEY=VALUE… (default type=image)")
-	f.StringArrayVar(&o.contexts, "build-context", nil, "one more context: NAME=DIR|docker-image://REF|URL")
+	f.StringArrayVar(&o.contexts, "build-context", nil, "one more context: NAME=DIR|docker-image://REF|oci-layout://DIR[:TAG][@DIGEST]|URL")
 	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP")
 	f.StringVar(&o.network, "network", "", "network of RUN steps: default, none or host")
 	f.StringSliceVar(&o.allow, "allow", nil, "let the Dockerfile ask for network.host or security.insecure")
@@ -424,7 +424,7 @@ func addLocal(solve *bkclient.SolveOpt, name, dir string) error {
 func addNamedContext(solve *bkclient.SolveOpt, spec string) error {
 	name, value, ok := strings.Cut(spec, "=")
 	if !ok || name == "" || value == "" {
-		return fmt.Errorf("--build-context %s: want NAME=DIR, NAME=docker-image://REF or NAME=URL", spec)
+		return fmt.Errorf("--build-context %s: want NAME=DIR, NAME=docker-image://REF, NAME=oci-layout://DIR[:TAG] or NAME=URL", spec)
 	}
 	named, err := reference.ParseNormalizedNamed(name)
 	if err != nil {
@@ -432,8 +432,11 @@ func addNamedContext(solve *bkclient.SolveOpt, spec string) error {
 	}
 	name = strings.TrimSuffix(reference.FamiliarString(named), ":latest")
 	switch {
-	case strings.HasPrefix(value, "oci-layout://"):
-		return fmt.Errorf("--build-context %s: not supported yet: oci-layout", spec)
+	case strings.HasPrefix(value, layoutScheme):
+		if err := addLayout(solve, name, value); err != nil {
+			return fmt.Errorf("--build-context %s: %w", spec, err)
+		}
+		return nil
 	case strings.HasPrefix(value, "docker-image://"), strings.HasPrefix(value, "target:"), remoteContext.MatchString(value):
 		solve.FrontendAttrs["context:"+name] = value
 		return nil

@@ -55,6 +55,7 @@ type Options struct {
 	// View opens a solved snapshot for reading.
 	View      func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error)
 	Images    gateway.ImageResolver
+	Layouts   gateway.LayoutResolver
 	Exporters exporter.Types
 	// DiskUsage lists what the store holds.
 	DiskUsage func(ctx context.Context, filter cache.UsageFilter) ([]cache.Usage, error)

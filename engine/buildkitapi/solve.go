@@ -63,6 +63,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Build:        solverBuild,
 		View:         s.View,
 		Images:       s.Images,
+		Layouts:      s.Layouts,
 		Session:      session,
 		Pull:         pull,
 		BuildID:      req.ref,

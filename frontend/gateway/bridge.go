@@ -199,14 +199,19 @@ func (b *Bridge) returned(in *gwpb.Result) (*gwclient.Result, error) {
 
 // ResolveImageConfig implements gwpb.LLBBridgeServer.
 func (b *Bridge) ResolveImageConfig(ctx context.Context, req *gwpb.ResolveImageConfigRequest) (*gwpb.ResolveImageConfigResponse, error) {
-	if sourceresolver.ResolverType(req.ResolverType) != sourceresolver.ResolverTypeRegistry {
-		return nil, errors.New("not supported yet: OCI layouts as sources")
+	opt := sourceresolver.Opt{LogName: req.LogName, SourcePolicies: req.SourcePolicies}
+	switch sourceresolver.ResolverType(req.ResolverType) {
+	case sourceresolver.ResolverTypeRegistry:
+		opt.ImageOpt = &sourceresolver.ResolveImageOpt{ResolveMode: req.ResolveMode, Platform: platformSpec(req.Platform)}
+	case sourceresolver.ResolverTypeOCILayout:
+		opt.OCILayoutOpt = &sourceresolver.ResolveOCILayoutOpt{
+			Platform: platformSpec(req.Platform),
+			Store:    sourceresolver.ResolveImageConfigOptStore{SessionID: req.SessionID, StoreID: req.StoreID},
+		}
+	default:
+		return nil, grpcstatus.Errorf(codes.InvalidArgument, "resolver type %d is not known", req.ResolverType)
 	}
-	ref, dgst, config, err := b.client.ResolveImageConfig(ctx, req.Ref, sourceresolver.Opt{
-		LogName:        req.LogName,
-		SourcePolicies: req.SourcePolicies,
-		ImageOpt:       &sourceresolver.ResolveImageOpt{ResolveMode: req.ResolveMode, Platform: platformSpec(req.Platform)},
-	})
+	ref, dgst, config, err := b.client.ResolveImageConfig(ctx, req.Ref, opt)
 	if err != nil {
 		return nil, err
 	}

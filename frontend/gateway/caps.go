@@ -15,8 +15,6 @@ import (
 // name what BuildKit has and we do not. Everything else of BuildKit's lists is announced as supported.
 var (
 	missingLLB = map[apicaps.CapID]string{
-		pb.CapSourceImageBlob:           "image blob sources",
-		pb.CapSourceOCILayout:           "OCI layouts as sources",
 		pb.CapSourceMetadataTransfer:    "metadata-only local sources",
 		pb.CapSourceGitSignatureVerify:  "signatures of git sources",
 		pb.CapSourceGitFetchByCommit:    "git sources that are fetched by commit only",

@@ -50,13 +50,18 @@ type Files interface {
 // "local". It returns the manifest's digest and the image config. Errors name the image.
 type ImageResolver func(ctx context.Context, env *solver.Env, ref string, platform *ocispec.Platform, mode string) (digest.Digest, []byte, error)
 
+// LayoutResolver finds out what ref, NAME@DIGEST, is in the OCI layout that a client offers as store; session names the client, ""
+// being the build's own. It returns the digest and the image config.
+type LayoutResolver func(ctx context.Context, env *solver.Env, ref, session, store string, platform *ocispec.Platform) (digest.Digest, []byte, error)
+
 // Options are what the clients of one build share.
 type Options struct {
 	Build Builder
 	// View opens a solved snapshot for reading.
-	View   func(ctx context.Context, s snapshot.Snapshot) (Files, error)
-	Images ImageResolver
-	// Session, Pull and BuildID are handed to Images.
+	View    func(ctx context.Context, s snapshot.Snapshot) (Files, error)
+	Images  ImageResolver
+	Layouts LayoutResolver
+	// Session, Pull and BuildID are handed to Images and Layouts.
 	Session solver.Session
 	Pull    bool
 	BuildID string
@@ -203,7 +208,9 @@ func (c *Client) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, opt
 	switch scheme {
 	case "docker-image":
 		return c.resolveImage(ctx, op, name, opt)
-	case "local":
+	case "oci-layout":
+		return c.resolveLayout(ctx, op, name, opt)
+	case "local", "docker-image+blob", "oci-layout+blob":
 		return &sourceresolver.MetaResponse{Op: op}, nil
 	}
 	return nil, fmt.Errorf("not supported yet: metadata of a %s source", scheme)
@@ -223,7 +230,37 @@ func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string,
 			mode = image.ResolveMode
 		}
 	}
-	logName := opt.LogName
+	return c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
+		return c.Images(ctx, env, name, platform, mode)
+	})
+}
+
+func (c *Client) resolveLayout(ctx context.Context, op *pb.SourceOp, name string, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
+	var platform *ocispec.Platform
+	session, store := op.Attrs[pb.AttrOCILayoutSessionID], op.Attrs[pb.AttrOCILayoutStoreID]
+	noConfig := false
+	if layout := opt.OCILayoutOpt; layout != nil {
+		platform = layout.Platform
+		if layout.Store.StoreID != "" {
+			session, store = layout.Store.SessionID, layout.Store.StoreID
+		}
+	}
+	if image := opt.ImageOpt; image != nil {
+		if image.AttestationChain || len(image.ResolveAttestations) > 0 {
+			return nil, errors.New("not supported: attestations of an image in an OCI layout")
+		}
+		if platform == nil {
+			platform = image.Platform
+		}
+		noConfig = image.NoConfig
+	}
+	return c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
+		return c.Layouts(ctx, env, name, session, store, platform)
+	})
+}
+
+// resolve shows a look-up of op's image as a step, and answers with what it finds.
+func (c *Client) resolve(ctx context.Context, op *pb.SourceOp, platform *ocispec.Platform, logName string, noConfig bool, find func(*solver.Env) (digest.Digest, []byte, error)) (*sourceresolver.MetaResponse, error) {
 	if logName == "" {
 		logName = "resolve image config for " + op.Identifier
 	}
@@ -233,7 +270,7 @@ func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string,
 	}
 	response := &sourceresolver.ResolveImageResponse{}
 	err := c.Step(ctx, logName, digest.FromString(id), func(env *solver.Env) error {
-		dgst, config, err := c.Images(ctx, env, name, platform, mode)
+		dgst, config, err := find(env)
 		if err != nil {
 			return err
 		}

@@ -242,7 +242,7 @@ func TestRefusals(t *testing.T) {
 	if _, err := c.Solve(t.Context(), gwclient.SolveRequest{CacheImports: []gwclient.CacheOptionsEntry{{Type: "registry"}}}); err == nil {
 		t.Error("a cache import has no error")
 	}
-	for _, id := range []string{"git://example.com/x", "https://example.com/x", "oci-layout://x", "x"} {
+	for _, id := range []string{"git://example.com/x", "https://example.com/x", "x"} {
 		if _, err := c.ResolveSourceMetadata(t.Context(), &pb.SourceOp{Identifier: id}, sourceresolver.Opt{}); err == nil {
 			t.Errorf("metadata of %s has no error", id)
 		}

@@ -65,35 +65,29 @@ func (p *Puller) Pull(ctx context.Context, ref string, platform *ocispec.Platfor
 	if err != nil {
 		return image.Image{}, err
 	}
-	if _, err := p.layers(ctx, reg, f, -1, progress); err != nil {
+	if _, err := p.layers(ctx, reg, "", f, -1, progress); err != nil {
 		return image.Image{}, err
 	}
 	return p.deps.Images.Add(ctx, image.Image{Name: f.name, Target: f.target})
 }
 
 // layers returns the root file system of f: what is noted for its manifest, or its layers, pulled. limit, unless negative, is how
-// many of its layers are wanted.
-func (p *Puller) layers(ctx context.Context, reg *registry.Registry, f *found, limit int, progress Progress) (snapshot.Snapshot, error) {
+// many of its layers are wanted. origin tells places apart that may fail each on its own; registries are all "".
+func (p *Puller) layers(ctx context.Context, from Origin, origin string, f *found, limit int, progress Progress) (snapshot.Snapshot, error) {
 	if progress == nil {
 		progress = func(string, int64, int64, bool) {}
 	}
-	snap, ok, err := p.present(ctx, f.manifest.Digest)
-	if err != nil {
-		return nil, err
+	key := f.manifest.Digest.String() + " " + origin
+	if limit >= 0 {
+		// What is noted of the whole image does not say which of its layers were empty.
+		key += fmt.Sprintf(" %d layers", limit)
+	} else if snap, ok, err := p.present(ctx, f.manifest.Digest); err != nil || ok {
+		return snap, err
 	}
-	if !ok {
-		// Whoever asks first has the progress; the others wait.
-		snap, err = p.once.do(ctx, f.manifest.Digest.String(), func(ctx context.Context) (snapshot.Snapshot, error) {
-			return p.pull(ctx, reg, f, progress)
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	if limit >= 0 && limit < len(snap) {
-		snap = snap[:limit]
-	}
-	return snap, nil
+	// Whoever asks first has the progress; the others wait.
+	return p.once.do(ctx, key, func(ctx context.Context) (snapshot.Snapshot, error) {
+		return p.pull(ctx, from, f, limit, progress)
+	})
 }
 
 // present returns the noted layers of a manifest, if they are all still there.
@@ -121,10 +115,14 @@ type wanted struct {
 }
 
 // pull downloads in parallel and unpacks in order, each layer as soon as it and those below it are here.
-func (p *Puller) pull(ctx context.Context, reg *registry.Registry, f *found, progress Progress) (snapshot.Snapshot, error) {
+func (p *Puller) pull(ctx context.Context, from Origin, f *found, limit int, progress Progress) (snapshot.Snapshot, error) {
 	layers, err := f.layers()
 	if err != nil {
 		return nil, err
+	}
+	whole := limit < 0 || limit >= len(layers)
+	if !whole {
+		layers = layers[:limit]
 	}
 	slots := make(chan struct{}, parallel)
 	var snap snapshot.Snapshot
@@ -172,7 +170,7 @@ func (p *Puller) pull(ctx context.Context, reg *registry.Registry, f *found, pro
 		w := &rest[i]
 		group.Go(func() error {
 			defer func() { <-slots }()
-			if err := p.download(gctx, reg, f.name, w, progress); err != nil {
+			if err := p.download(gctx, from, f.name, w, progress); err != nil {
 				return err
 			}
 			close(w.ready)
@@ -182,10 +180,13 @@ func (p *Puller) pull(ctx context.Context, reg *registry.Registry, f *found, pro
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	if err := p.deps.Images.SetLayers(ctx, f.manifest.Digest, snap); err != nil {
-		return nil, err
+	if whole {
+		if err := p.deps.Images.SetLayers(ctx, f.manifest.Digest, snap); err != nil {
+			return nil, err
+		}
 	}
-	p.note(f, layers)
+	_, fromRegistry := from.(*registry.Registry)
+	p.note(f, layers, fromRegistry)
 	return snap, nil
 }
 
@@ -227,7 +228,7 @@ func (p *Puller) unpacked(ctx context.Context, below snapshot.Snapshot, w wanted
 }
 
 // download brings a layer's blob into the blob store.
-func (p *Puller) download(ctx context.Context, reg *registry.Registry, ref string, w *wanted, progress Progress) error {
+func (p *Puller) download(ctx context.Context, from Origin, ref string, w *wanted, progress Progress) error {
 	id, total := w.desc.Digest.String(), w.desc.Size
 	if p.deps.Blobs.Has(w.desc.Digest) {
 		progress(id, total, total, true)
@@ -235,7 +236,7 @@ func (p *Puller) download(ctx context.Context, reg *registry.Registry, ref strin
 	}
 	progress(id, 0, total, false)
 	fetch := func() error {
-		rc, err := reg.Fetch(ctx, ref, w.desc)
+		rc, err := from.Fetch(ctx, ref, w.desc)
 		if err != nil {
 			return err
 		}
@@ -297,9 +298,9 @@ func (p *Puller) unpack(ctx context.Context, below snapshot.Snapshot, w *wanted)
 	return p.deps.Layers.Unpack(ctx, tar, w.diffID, view)
 }
 
-// note remembers which blobs the layers came as, so that they are pushed as the same, and where from, so that they need not be sent
-// to the same registry.
-func (p *Puller) note(f *found, layers []wanted) {
+// note remembers which blobs the layers came as, so that they are pushed as the same, and which registry they came from, so that they
+// need not be sent there.
+func (p *Puller) note(f *found, layers []wanted, fromRegistry bool) {
 	var blobs []digest.Digest
 	for _, w := range layers {
 		blobs = append(blobs, w.desc.Digest)
@@ -309,6 +310,9 @@ func (p *Puller) note(f *found, layers []wanted) {
 		if err := p.memo.Put(w.diffID, w.kind, w.desc); err != nil {
 			slog.Warn("note compressed layer", "image", f.name, "layer", w.desc.Digest, "error", err)
 		}
+	}
+	if !fromRegistry {
+		return
 	}
 	if err := p.sources.Add(f.name, blobs...); err != nil {
 		slog.Warn("note where layers come from", "image", f.name, "error", err)

@@ -128,8 +128,8 @@ func (r *Resolver) build(env *solver.Env) *answers {
 	return a
 }
 
-// registry is what pulls for env's build go through: it has the build's credentials.
-func (r *Resolver) registry(env *solver.Env) *registry.Registry { return r.build(env).reg }
+// Registry is what pulls for env's build go through: it has the build's credentials.
+func (r *Resolver) Registry(env *solver.Env) *registry.Registry { return r.build(env).reg }
 
 // lookup finds what named stands for on p.
 func (r *Resolver) lookup(ctx context.Context, reg *registry.Registry, named reference.Named, p ocispec.Platform, mode string) (*found, error) {

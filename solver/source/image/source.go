@@ -93,7 +93,7 @@ func (s *source) Run(ctx context.Context, env *solver.Env, _ []snapshot.Snapshot
 	if err != nil {
 		return nil, err
 	}
-	snap, err := s.puller.layers(ctx, s.resolver.registry(env), f, s.layerLimit, env.Progress.Status)
+	snap, err := s.puller.layers(ctx, s.resolver.Registry(env), "", f, s.layerLimit, env.Progress.Status)
 	if err != nil {
 		return nil, err
 	}
