@@ -113,7 +113,7 @@ func OpenWith(ctx context.Context, dir string, opt Options) (_ *Store, err error
 	if s.Layers, err = layer.Open(s.path("layers"), layer.Options{FS: opt.FS, BootID: opt.BootID, Quarantine: s.path("quarantine", "layers")}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if s.Snapshots, err = snapshot.Open(s.path("snapshots"), s.Layers); err != nil {
+	if s.Snapshots, err = snapshot.OpenWith(s.path("snapshots"), s.Layers, snapshot.Options{FS: opt.FS}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	if s.Records, err = record.OpenWith(s.path("records"), record.Options{FS: opt.FS, BootID: opt.BootID}); err != nil {

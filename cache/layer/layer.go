@@ -111,8 +111,8 @@ type Store struct {
 	// treeUses counts, for a layer in tree form, the Mounts without their Unmount.
 	treeUses map[ID]int
 	hopeless map[ID]error // layers whose info is lost
-	all      bool // metas has every layer on disk
-	gone     int  // deletions so far
+	all      bool         // metas has every layer on disk
+	gone     int          // deletions so far
 	closed   bool
 
 	boot    boot
