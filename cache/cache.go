@@ -110,10 +110,10 @@ func OpenWith(ctx context.Context, dir string, opt Options) (_ *Store, err error
 	if s.Blobs, err = blob.OpenWith(s.path("content"), blob.Options{FS: opt.FS, Quarantine: s.path("quarantine", "blobs")}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if s.Layers, err = layer.Open(s.path("layers"), layer.Options{FS: opt.FS, BootID: opt.BootID}); err != nil {
+	if s.Layers, err = layer.Open(s.path("layers"), layer.Options{FS: opt.FS, BootID: opt.BootID, Quarantine: s.path("quarantine", "layers")}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if s.Snapshots, err = snapshot.Open(s.path("snapshots"), s.Layers); err != nil {
+	if s.Snapshots, err = snapshot.OpenWith(s.path("snapshots"), s.Layers, snapshot.Options{FS: opt.FS}); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	if s.Records, err = record.OpenWith(s.path("records"), record.Options{FS: opt.FS, BootID: opt.BootID}); err != nil {
@@ -207,6 +207,9 @@ func checkVersion(dir string) error {
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: %q is no layout version; if %s is a slipway store, write %d there", path, b, dir, layoutVersion)
+	case v < layoutVersion:
+		// There is none yet. Whoever makes a second layout converts the first here, or says this.
+		return fmt.Errorf("%s was written by an older slipway (layout version %d, this program knows %d), and nothing in it was touched: use another directory, or move this one away and build anew", dir, v, layoutVersion)
 	case v > layoutVersion:
 		return fmt.Errorf("%s was written by a newer slipway (layout version %d, this program knows %d): use that one, or another directory", dir, v, layoutVersion)
 	}

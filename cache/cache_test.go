@@ -170,7 +170,7 @@ func TestDirectoryIsPrivate(t *testing.T) {
 
 func TestVersion(t *testing.T) {
 	for _, c := range []struct{ version, wantErr string }{
-		{"1\n", ""}, {"2\n", "newer slipway"}, {"", "no layout version"}, {"x", "no layout version"},
+		{"1\n", ""}, {"2\n", "newer slipway"}, {"0\n", "older slipway"}, {"", "no layout version"}, {"x", "no layout version"},
 	} {
 		dir := t.TempDir()
 		if err := os.WriteFile(filepath.Join(dir, "version"), []byte(c.version), 0o600); err != nil {

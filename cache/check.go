@@ -54,7 +54,8 @@ const (
 // CheckOptions say how Check goes about it.
 type CheckOptions struct {
 	// Repair moves what is damaged to the folder "quarantine", where nothing looks for it, so that it is fetched or made
-	// again when it is needed, and removes what is left over. Without it nothing is changed.
+	// again when it is needed, and removes what is left over. Without it nothing is changed, but that a layer whose info is
+	// lost gets a new one, as whenever it is looked for.
 	Repair bool
 	// Progress, which may be nil, is called with what is being read and how much of how many are done.
 	Progress func(what string, done, total int)

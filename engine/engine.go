@@ -54,11 +54,12 @@ var Version = "dev"
 
 // The labels by which an engine describes itself to clients of the BuildKit API.
 const (
-	LabelRoot     = "slipway.root"
-	LabelBuilds   = "slipway.builds"
-	LabelLayers   = "slipway.layers"
-	LabelHostname = "org.mobyproject.buildkit.worker.hostname"
-	LabelExecutor = "org.mobyproject.buildkit.worker.executor"
+	LabelRoot      = "slipway.root"
+	LabelBuilds    = "slipway.builds"
+	LabelLayers    = "slipway.layers"
+	LabelSnapshots = "slipway.snapshots"
+	LabelHostname  = "org.mobyproject.buildkit.worker.hostname"
+	LabelExecutor  = "org.mobyproject.buildkit.worker.executor"
 )
 
 // Options say how to open an engine.
@@ -260,8 +261,10 @@ func (e *Engine) openAPIs(opts Options) error {
 		Executor: e.executor,
 		Dir:      e.root,
 		Version:  Version,
-		Info:     func() [][2]string { return [][2]string{{"Root Dir", e.root}, {"Layers", e.layers()}} },
-		Log:      e.log,
+		Info: func() [][2]string {
+			return [][2]string{{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()}}
+		},
+		Log: e.log,
 	})
 	if err != nil {
 		return err
@@ -375,10 +378,11 @@ func (e *Engine) workerID() (string, error) {
 // labels describe the engine as it is now.
 func (e *Engine) labels() map[string]string {
 	labels := map[string]string{
-		LabelRoot:     e.root,
-		LabelBuilds:   strconv.Itoa(e.buildkit.Active()),
-		LabelLayers:   e.layers(),
-		LabelExecutor: "libcontainer",
+		LabelRoot:      e.root,
+		LabelBuilds:    strconv.Itoa(e.buildkit.Active()),
+		LabelLayers:    e.layers(),
+		LabelSnapshots: e.snapshots(),
+		LabelExecutor:  "libcontainer",
 	}
 	if name, err := os.Hostname(); err == nil {
 		labels[LabelHostname] = name
@@ -393,4 +397,13 @@ func (e *Engine) layers() string {
 		return "tar + EROFS"
 	}
 	return "directories (" + info.Reason + ")"
+}
+
+// snapshots says how snapshots are mounted, and why.
+func (e *Engine) snapshots() string {
+	info := e.store.Snapshots.Info()
+	if info.Reason == "" {
+		return info.Driver
+	}
+	return info.Driver + " (" + info.Reason + ")"
 }

@@ -46,7 +46,7 @@ func (s *Store) IDs() ([]ID, error) {
 
 // Check reads everything of a layer from the disk and compares: the tar with its diff ID, the index with its checksum and
 // the content digest, every file of a tree with the index, the EROFS image with what the index gives. It changes
-// nothing. A layer that was never made durable before a reboot has the damage of its info.
+// nothing. An index or info that can be made again from the rest is Derived. A layer that was never made durable before a reboot has the damage of its info.
 func (s *Store) Check(ctx context.Context, id ID) ([]Damage, error) {
 	if !id.valid() {
 		return nil, fmt.Errorf("layer %q: %w", id, ErrNotFound)
@@ -69,11 +69,26 @@ func (s *Store) Check(ctx context.Context, id ID) ([]Damage, error) {
 		err = errors.New("the layer was not on disk when the machine went down")
 	}
 	if err != nil {
-		bad(infoFile, false, err)
-		return found, context.Cause(ctx)
+		again, herr := s.remakeInfo(ctx, id)
+		bad(infoFile, m == nil && herr == nil, err)
+		if m != nil || herr != nil {
+			return found, context.Cause(ctx)
+		}
+		m = again
 	}
 	x, err := checkIndex(s.path(id, indexFile), m)
-	bad(indexFile, false, err)
+	if err != nil {
+		raw, _ := os.ReadFile(s.path(id, indexFile))
+		again, herr := s.remakeIndex(ctx, m)
+		other := herr == nil && otherVersion(raw) // it is made again when it is read: no damage
+		good := herr == nil && again.Digest() == m.Content
+		if !other {
+			bad(indexFile, good, err)
+		}
+		if x = nil; other || good {
+			x = again
+		}
+	}
 	if m.Tar {
 		bad(tarFile, false, checkTar(ctx, s.path(id, tarFile), m))
 	}
@@ -217,7 +232,7 @@ func differs(a, b *index.Entry) string {
 	return ""
 }
 
-// Repair removes the derived parts among what Check has found, and moves the layer to the folder quarantine when
+// Repair removes the derived parts among what Check has found (index and info are made again), and moves the layer to the folder quarantine when
 // something else was damaged: then it is missing, and gets pulled or made again. Nobody may be using the layer.
 func (s *Store) Repair(ctx context.Context, id ID, found []Damage, quarantine string) error {
 	if !id.valid() || len(found) == 0 {
@@ -234,6 +249,17 @@ func (s *Store) Repair(ctx context.Context, id ID, found []Damage, quarantine st
 		if err := s.fs.RemoveAll(s.path(id, d.Part)); err != nil {
 			return fmt.Errorf("repair layer %s: %w", id, err)
 		}
+	}
+	// The parts without which the layer is of no use are made again now.
+	s.indexes.drop(id)
+	s.mu.Lock()
+	delete(s.metas, id)
+	s.mu.Unlock()
+	if _, err := s.load(id); err != nil {
+		return fmt.Errorf("repair layer %s: %w", id, err)
+	}
+	if _, err := s.Index(ctx, id); err != nil {
+		return fmt.Errorf("repair layer %s: %w", id, err)
 	}
 	return nil
 }
@@ -263,11 +289,7 @@ func (s *Store) quarantine(id ID, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("quarantine layer %s: %w", id, err)
 	}
-	to := filepath.Join(dir, string(id))
-	if _, err := os.Lstat(to); err == nil {
-		to += "." + randomName()[:8]
-	}
-	if err := s.fs.Rename(s.path(id, ""), to); err != nil {
+	if err := s.fs.Rename(s.path(id, ""), freeName(filepath.Join(dir, string(id)))); err != nil {
 		return fmt.Errorf("quarantine layer %s: %w", id, err)
 	}
 	return nil

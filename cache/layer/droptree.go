@@ -81,6 +81,7 @@ func (s *Store) dropTree(id ID) error {
 		return err
 	}
 	lean := *m
+	lean.Content = x.Digest() // another than m's if the index was of another version
 	lean.Tree, lean.Boot, lean.Number = false, "", 0
 	lean.Size = m.TarSize + int64(len(img)+len(x.Encode()))
 	if err := s.replaceFile(id, erofsFile, img); err != nil {

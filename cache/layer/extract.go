@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -124,7 +125,11 @@ func (w *extractor) add(e index.Entry) error {
 	case index.Symlink:
 		err = unix.Symlinkat(e.Target, parent, name)
 	case index.Whiteout:
-		return unix.Mknodat(parent, name, unix.S_IFCHR, 0)
+		err := unix.Mknodat(parent, name, unix.S_IFCHR, 0)
+		if errors.Is(err, unix.EPERM) {
+			return w.xattrWhiteout(parent, name)
+		}
+		return err
 	case index.CharDevice:
 		err = unix.Mknodat(parent, name, unix.S_IFCHR|0o600, int(unix.Mkdev(e.Major, e.Minor)))
 	case index.BlockDevice:
@@ -138,6 +143,26 @@ func (w *extractor) add(e index.Entry) error {
 		return err
 	}
 	return w.setMetadata(parent, name, e)
+}
+
+// xattrWhiteout makes a whiteout where there can be no device 0:0: on an overlay, which keeps those to itself. It is an empty
+// file with an xattr, in a directory that says that it has such files (Linux 6.7).
+func (w *extractor) xattrWhiteout(parent int, name string) error {
+	fd, err := unix.Openat(parent, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	for _, attr := range []string{xattrWhiteout, xattrUserWhiteout} {
+		if err = unix.Fsetxattr(fd, attr, []byte("y"), 0); err == nil {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("mark as a whiteout: %w", err)
+	}
+	_ = unix.Fsetxattr(parent, opaqueXattr(), []byte("x"), 0) // for the kernel; we look at the file
+	return nil
 }
 
 func (w *extractor) file(parent int, name string, e index.Entry) error {
@@ -187,7 +212,11 @@ func (w *extractor) setMetadata(dirfd int, name string, e index.Entry) error {
 			}
 		}
 		if e.Opaque {
-			if err := unix.Lsetxattr(path, opaqueXattr(), []byte("y"), 0); err != nil {
+			err := unix.Lsetxattr(path, opaqueXattr(), []byte("y"), 0)
+			if errors.Is(err, unix.EPERM) { // root of a user namespace
+				err = unix.Lsetxattr(path, xattrUserOpaque, []byte("y"), 0)
+			}
+			if err != nil {
 				return fmt.Errorf("mark opaque: %w", err)
 			}
 		}
@@ -196,6 +225,52 @@ func (w *extractor) setMetadata(dirfd int, name string, e index.Entry) error {
 	ts := []unix.Timespec{{Sec: sec, Nsec: nsec}, {Sec: sec, Nsec: nsec}}
 	if err := unix.UtimesNanoAt(dirfd, name, ts, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return fmt.Errorf("set times: %w", err)
+	}
+	return nil
+}
+
+// CopyTree makes the files of tree in dir, an empty directory that only this process writes to. It copies: nothing in dir
+// shares an inode with a layer, though it may share blocks where the file system can (copy_file_range).
+func (s *Store) CopyTree(ctx context.Context, tree Files, dir string) error {
+	var entries []index.Entry
+	err := index.Walk(tree, "", func(e index.Entry) error {
+		entries = append(entries, e)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("copy layers: %w", err)
+	}
+	x, err := index.NewChecked(entries)
+	if err == nil {
+		err = extract(ctx, dir, x, func(e index.Entry) (io.ReadCloser, error) { return tree.OpenFile(ctx, e.Path) })
+	}
+	if err != nil {
+		return fmt.Errorf("copy layers: %w", err)
+	}
+	return nil
+}
+
+// IndexTree returns the index of a directory, every file hashed.
+func (s *Store) IndexTree(ctx context.Context, dir string) (*index.Index, error) {
+	x, _, err := scanTree(ctx, dir)
+	if err != nil {
+		return nil, fmt.Errorf("index %s: %w", dir, err)
+	}
+	return x, nil
+}
+
+// CopyEntries makes the entries of x in dir, which is empty, whiteouts as overlayfs wants them. The bytes of files come from
+// the same paths below from.
+func (s *Store) CopyEntries(ctx context.Context, x *index.Index, from, dir string) error {
+	root, err := os.OpenRoot(from)
+	if err != nil {
+		return fmt.Errorf("copy changes: %w", err)
+	}
+	defer root.Close()
+	if err := extract(ctx, dir, x, func(e index.Entry) (io.ReadCloser, error) {
+		return root.OpenFile(e.Path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+	}); err != nil {
+		return fmt.Errorf("copy changes: %w", err)
 	}
 	return nil
 }

@@ -299,7 +299,7 @@ func TestCheckFindsDamage(t *testing.T) {
 		tree    bool
 		derived bool
 	}{
-		{infoFile, false, false}, {indexFile, false, false}, {tarFile, false, false}, {erofsFile, false, true}, {treeDir + "/made", true, false},
+		{infoFile, false, true}, {indexFile, false, true}, {tarFile, false, false}, {erofsFile, false, true}, {treeDir + "/made", true, false},
 	} {
 		t.Run(c.part, func(t *testing.T) {
 			dir, quarantine := t.TempDir(), t.TempDir()

@@ -32,6 +32,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -88,6 +89,8 @@ type Options struct {
 	FS fsys.FS
 	// BootID is the boot of the machine; "" asks the kernel.
 	BootID string
+	// Quarantine is where damaged layers go; without one they are removed.
+	Quarantine string
 }
 
 // Store is a directory of layers, used by one process at a time. Its methods may be called concurrently.
@@ -107,13 +110,15 @@ type Store struct {
 	mounts map[ID]string // where a layer in tar form is mounted
 	// treeUses counts, for a layer in tree form, the Mounts without their Unmount.
 	treeUses map[ID]int
-	all      bool // metas has every layer on disk
-	gone     int  // deletions so far
+	hopeless map[ID]error // layers whose info is lost
+	all      bool         // metas has every layer on disk
+	gone     int          // deletions so far
 	closed   bool
 
 	boot    boot
 	indexes indexCache
 	locks   idLocks        // one mount, pack, write or deletion of a layer at a time
+	healing idLocks        // one repair of an index or info at a time; taken inside locks, if both are
 	work    sync.WaitGroup // deletions in the background
 }
 
@@ -161,7 +166,7 @@ func Open(dir string, opt Options) (*Store, error) {
 	}
 	s := &Store{
 		dir: dir, opt: opt, log: opt.Log, fs: opt.FS,
-		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{}, treeUses: map[ID]int{},
+		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{}, treeUses: map[ID]int{}, hopeless: map[ID]error{},
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -280,16 +285,14 @@ func (s *Store) load(id ID) (*meta, error) {
 	if m != nil {
 		return m, nil
 	}
-	b, err := os.ReadFile(s.path(id, infoFile))
+	m, err := readMeta(s.path(id, infoFile), id)
+	if err != nil && isDamage(err) {
+		m, err = s.healInfo(id, err)
+	}
 	if err != nil {
 		if !errors.Is(err, os.ErrNotExist) {
 			s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
 		}
-		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
-	}
-	m = &meta{}
-	if err := json.Unmarshal(b, m); err != nil || m.ID != id || !m.Tar && !m.Tree {
-		s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
 		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
 	}
 	if !s.boot.trusts(m) {
@@ -332,7 +335,8 @@ func (s *Store) Stat(ctx context.Context, id ID) (Info, error) {
 	return Info{}, err
 }
 
-// Index returns a layer's table of contents.
+// Index returns a layer's table of contents. One that is missing or damaged, or of another version, is made again from the
+// layer's files (heal.go).
 func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 	if x := s.indexes.get(id); x != nil {
 		return x, nil
@@ -344,15 +348,15 @@ func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 		return nil, err
 	}
 	b, err := os.ReadFile(s.path(id, indexFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("layer %s: %w: its index is missing", id, ErrNotFound)
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("layer %s: %w", id, err)
 	}
-	x, err := index.Decode(b)
+	var x *index.Index
+	if err == nil {
+		x, err = index.Decode(b)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("layer %s: %w: stop the engine and run `slipway cache fsck --repair`, which makes room for it to be built again", id, err)
+		return s.healIndex(ctx, id, err)
 	}
 	s.indexes.put(id, x)
 	return x, nil
@@ -564,6 +568,22 @@ func diskUsage(dir string) int64 {
 			total += st.Blocks * 512
 		}
 	}
+	return total
+}
+
+// treeUsage returns what the files in dir, at any depth, occupy. What vanishes meanwhile counts nothing.
+func treeUsage(dir string) int64 {
+	var total int64
+	linked := map[uint64]bool{}
+	_ = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err != nil || unix.Lstat(path, &st) != nil || st.Nlink > 1 && linked[st.Ino] {
+			return nil
+		}
+		linked[st.Ino] = true
+		total += st.Blocks * 512
+		return nil
+	})
 	return total
 }
 

@@ -634,14 +634,14 @@ func TestReopen(t *testing.T) {
 	if err := os.MkdirAll(s.tmpName()+"/half/written", 0o700); err != nil {
 		t.Fatal(err)
 	}
-	// A layer whose info was lost counts as missing, and can be written anew.
+	// A layer whose info and index were lost counts as missing, and can be written anew.
 	d := s.NewDraft(nil)
 	d.Put(file("f", "x"), text("x"))
 	broken, err := d.Commit(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Truncate(s.path(broken, infoFile), 3); err != nil {
+	if err := errors.Join(os.Truncate(s.path(broken, infoFile), 3), os.Truncate(s.path(broken, indexFile), 3)); err != nil {
 		t.Fatal(err)
 	}
 

@@ -579,6 +579,7 @@ func (s *Store) pack(ctx context.Context, old *meta) (*meta, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.Content = packed.Digest() // another than old's if the index was of another version
 	if err := s.writeFile(filepath.Join(tmp, indexFile), packed.Encode(), true); err != nil {
 		return nil, err
 	}

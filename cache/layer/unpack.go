@@ -81,9 +81,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 			s.removeAll(tmp)
 		}
 	}()
-	u := &unpacker{below: below, answers: map[string]string{}, root: &unpackNode{implicit: true, file: &unpackFile{
-		entry: index.Entry{Type: index.Dir, Mode: 0o755, Offset: -1},
-	}}}
+	u := newUnpacker(below)
 	m := &meta{Tar: true}
 	if m.TarSize, m.DiffID, err = u.take(ctx, s.fs, r, tmp+"/"+tarFile); err != nil {
 		return "", err
@@ -128,6 +126,12 @@ type unpacker struct {
 	treeBytes int64
 }
 
+func newUnpacker(below index.Tree) *unpacker {
+	return &unpacker{below: below, answers: map[string]string{}, root: &unpackNode{implicit: true, file: &unpackFile{
+		entry: index.Entry{Type: index.Dir, Mode: 0o755, Offset: -1},
+	}}}
+}
+
 type unpackNode struct {
 	file     *unpackFile
 	children map[string]*unpackNode // of a directory
@@ -153,8 +157,20 @@ func (u *unpacker) take(ctx context.Context, fs fsys.FS, r io.Reader, path strin
 		return 0, "", err
 	}
 	defer f.Close()
+	if size, diffID, err = u.copy(ctx, r, f); err != nil {
+		return 0, "", err
+	}
+	if err := f.Sync(); err != nil {
+		return 0, "", err
+	}
+	return size, diffID, f.Close()
+}
+
+// copy copies r to w, hashing it, while it reads what is in it.
+func (u *unpacker) copy(ctx context.Context, r io.Reader, w io.Writer) (size int64, diffID digest.Digest, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	p := startPump(ctx, cancel, r, f)
+	defer cancel(nil)
+	p := startPump(ctx, cancel, r, w)
 	err = u.read(p)
 	if err != nil {
 		cancel(err)
@@ -167,14 +183,7 @@ func (u *unpacker) take(ctx context.Context, fs fsys.FS, r io.Reader, path strin
 	if err == nil {
 		err = werr
 	}
-	cancel(nil)
-	if err != nil {
-		return 0, "", err
-	}
-	if err := f.Sync(); err != nil {
-		return 0, "", err
-	}
-	return size, diffID, f.Close()
+	return size, diffID, err
 }
 
 // read reads the whole archive.

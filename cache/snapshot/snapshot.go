@@ -3,7 +3,7 @@
 // Package snapshot mounts stacks of layers. A Snapshot is a value: the names of its layers.
 //
 // A Store mounts a snapshot as an overlay over its layers, read-only or with an upper directory that Commit
-// turns into one more layer. Unmounting happens in the background: nobody waits for it but Close and a mount
+// turns into one more layer; or, where overlay is not to be had, as a copy (copy.go). Unmounting happens in the background: nobody waits for it but Close and a mount
 // that needs the very directory. What a snapshot contains can be asked of its View, without a mount.
 package snapshot
 
@@ -33,6 +33,12 @@ type Layers interface {
 	// Unmount ends what Mount began.
 	Unmount(layer.ID)
 	CommitTreeOver(ctx context.Context, upper string, below index.Tree) (layer.ID, error)
+	// CopyTree makes the files of tree in an empty directory.
+	CopyTree(ctx context.Context, tree layer.Files, dir string) error
+	// IndexTree says what is in a directory.
+	IndexTree(ctx context.Context, dir string) (*index.Index, error)
+	// CopyEntries makes the entries of x, with the bytes of the files below from, in an empty directory.
+	CopyEntries(ctx context.Context, x *index.Index, from, dir string) error
 }
 
 // View is what a snapshot shows when it is mounted, read without a mount. It implements layer.Files. It is

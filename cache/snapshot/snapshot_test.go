@@ -40,6 +40,29 @@ type fixture struct {
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
+	return newFixtureWith(t, Options{})
+}
+
+// drivers runs a test with overlay mounts and with copies.
+func drivers(t *testing.T, test func(t *testing.T, f *fixture)) {
+	t.Run("overlay", func(t *testing.T) {
+		f := newFixture(t)
+		if info := f.Info(); info.Driver != DriverOverlay {
+			t.Skip("SKIPPED: no overlay here: " + info.Reason)
+		}
+		test(t, f)
+	})
+	t.Run("copy", func(t *testing.T) {
+		f := newFixtureWith(t, Options{Copy: true})
+		if info := f.Info(); info.Driver != DriverCopy {
+			t.Fatal(info)
+		}
+		test(t, f)
+	})
+}
+
+func newFixtureWith(t *testing.T, opt Options) *fixture {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("overlay mounts need root")
 	}
@@ -48,7 +71,7 @@ func newFixture(t *testing.T) *fixture {
 	if f.layers, err = layer.Open(filepath.Join(f.dir, "layers"), layer.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	if f.Store, err = Open(filepath.Join(f.dir, "snapshots"), f.layers); err != nil {
+	if f.Store, err = OpenWith(filepath.Join(f.dir, "snapshots"), f.layers, opt); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -236,8 +259,9 @@ func ok(t *testing.T, errs ...error) {
 	}
 }
 
-func TestSteps(t *testing.T) {
-	f := newFixture(t)
+func TestSteps(t *testing.T) { drivers(t, checkSteps) }
+
+func checkSteps(t *testing.T, f *fixture) {
 	base := Snapshot{f.untar("bin/", "bin/sh=shell", "etc/", "etc/conf=1", "etc/gone=x", "opt/", "opt/old/", "opt/old/deep=y", "link/", "link/file=z")}
 	files := f.same(base)
 	if len(files) != 11 {
@@ -276,7 +300,12 @@ func TestSteps(t *testing.T) {
 		}, []string{"!/link/file", "/link 0777 0:0 ->/bin"}},
 		{"rename a lower directory", func(root string) {
 			// Overlay answers EXDEV, as mv expects: the tree is copied.
-			if err := os.Rename(filepath.Join(root, "opt/old"), filepath.Join(root, "moved")); !errors.Is(err, unix.EXDEV) {
+			err := os.Rename(filepath.Join(root, "opt/old"), filepath.Join(root, "moved"))
+			if f.Info().Driver == DriverCopy {
+				ok(t, err)
+				return
+			}
+			if !errors.Is(err, unix.EXDEV) {
 				t.Errorf("rename of a lower directory: %v", err)
 			}
 			ok(t, os.CopyFS(filepath.Join(root, "moved"), os.DirFS(filepath.Join(root, "opt/old"))), os.RemoveAll(filepath.Join(root, "opt/old")))
@@ -288,6 +317,16 @@ func TestSteps(t *testing.T) {
 		{"hard link", func(root string) {
 			ok(t, os.Link(filepath.Join(root, "bin/sh"), filepath.Join(root, "bin/bash")))
 		}, []string{"/bin/sh 0644 0:0 file=shell", "/bin/bash 0644 0:0 file=shell"}},
+		{"xattr", func(root string) {
+			ok(t, unix.Setxattr(filepath.Join(root, "etc/conf"), "user.odd", []byte("v"), 0))
+		}, []string{"/etc/conf 0644 0:0 file=1"}},
+		{"same size and time", func(root string) {
+			path := filepath.Join(root, "etc/conf")
+			var st unix.Stat_t
+			ok(t, unix.Stat(path, &st))
+			write(t, path, "7")
+			ok(t, unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{st.Atim, st.Mtim}, 0))
+		}, []string{"/etc/conf 0644 0:0 file=7"}},
 		{"the root itself", func(root string) { ok(t, os.Chmod(root, 0o711), os.Chown(root, 5, 6)) }, []string{"/ 0711 5:6 dir", "/etc/conf 0644 0:0 file=1"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -314,8 +353,9 @@ func TestSteps(t *testing.T) {
 	f.t = t
 }
 
-func TestScratchAndEmptyCommit(t *testing.T) {
-	f := newFixture(t)
+func TestScratchAndEmptyCommit(t *testing.T) { drivers(t, checkScratchAndEmptyCommit) }
+
+func checkScratchAndEmptyCommit(t *testing.T, f *fixture) {
 	if got := f.same(nil); len(got) != 1 {
 		t.Errorf("scratch shows %q", got)
 	}
@@ -338,8 +378,9 @@ func TestScratchAndEmptyCommit(t *testing.T) {
 
 // A step that only had mount points made for it, /etc/hosts and the like, leaves no layer: overlayfs copies the directory
 // up, but nothing in it has changed.
-func TestCopiedUpDirectoryIsNoChange(t *testing.T) {
-	f := newFixture(t)
+func TestCopiedUpDirectoryIsNoChange(t *testing.T) { drivers(t, checkCopiedUpDirectoryIsNoChange) }
+
+func checkCopiedUpDirectoryIsNoChange(t *testing.T, f *fixture) {
 	tree := f.step(nil, func(root string) { ok(t, os.MkdirAll(filepath.Join(root, "run/lock"), 0o711)) })
 	base := append(slices.Clone(tree), f.untar("etc/", "etc/ssl/", "bin/sh=x"))
 	mountPoint := func(root, dir string) {
@@ -369,8 +410,9 @@ func TestCopiedUpDirectoryIsNoChange(t *testing.T) {
 }
 
 // A single layer's whiteouts and opaque marks must not be seen, though nothing is below them.
-func TestSingleLayerWithWhiteouts(t *testing.T) {
-	f := newFixture(t)
+func TestSingleLayerWithWhiteouts(t *testing.T) { drivers(t, checkSingleLayerWithWhiteouts) }
+
+func checkSingleLayerWithWhiteouts(t *testing.T, f *fixture) {
 	base := Snapshot{f.untar("a/", "a/x=1", "b=2")}
 	next := f.step(base, func(root string) {
 		ok(t, os.Remove(filepath.Join(root, "b")), os.RemoveAll(filepath.Join(root, "a")), os.Mkdir(filepath.Join(root, "a"), 0o755))
@@ -382,16 +424,18 @@ func TestSingleLayerWithWhiteouts(t *testing.T) {
 }
 
 // Overlay takes no directory twice; a stack may well have a layer twice (COPY of the same thing, a merge).
-func TestLayerTwice(t *testing.T) {
-	f := newFixture(t)
+func TestLayerTwice(t *testing.T) { drivers(t, checkLayerTwice) }
+
+func checkLayerTwice(t *testing.T, f *fixture) {
 	a, b := f.untar("x/", "x/f=a", "y=a"), f.untar("x/", "x/f=b", "z=b")
 	if diff := cmp.Diff(f.viewTree(Snapshot{b, a}), f.same(Snapshot{a, b, a})); diff != "" {
 		t.Errorf("a b a differs from b a (-want +got):\n%s", diff)
 	}
 }
 
-func TestStackOf120(t *testing.T) {
-	f := newFixture(t)
+func TestStackOf120(t *testing.T) { drivers(t, checkStackOf120) }
+
+func checkStackOf120(t *testing.T, f *fixture) {
 	var snap Snapshot
 	for i := range 120 {
 		if i%2 == 0 {
@@ -454,8 +498,9 @@ func TestOpenFileErrors(t *testing.T) {
 	}
 }
 
-func TestLifecycle(t *testing.T) {
-	f := newFixture(t)
+func TestLifecycle(t *testing.T) { drivers(t, checkLifecycle) }
+
+func checkLifecycle(t *testing.T, f *fixture) {
 	base := Snapshot{f.untar("a=1")}
 	ro, rw := f.mount(base, false), f.mount(base, true)
 	if !f.InUse()[base[0]] {
@@ -493,8 +538,9 @@ func TestLifecycle(t *testing.T) {
 	}
 }
 
-func TestConcurrentSteps(t *testing.T) {
-	f := newFixture(t)
+func TestConcurrentSteps(t *testing.T) { drivers(t, checkConcurrentSteps) }
+
+func checkConcurrentSteps(t *testing.T, f *fixture) {
 	base := Snapshot{f.untar("a=1")}
 	var wg sync.WaitGroup
 	for i := range 8 {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/layer"
 )
@@ -26,6 +27,8 @@ var ErrClosed = errors.New("the snapshot store is closed")
 type Store struct {
 	dir    string
 	layers Layers
+	fs     fsys.FS
+	probe  func() Info
 
 	teardowns sync.WaitGroup // the goroutines of Mount.teardown
 
@@ -39,13 +42,33 @@ type Store struct {
 	leaving map[layer.ID]*Mount
 }
 
+// Options of a Store.
+type Options struct {
+	// Copy makes the store mount copies, as it does by itself where overlay is not to be had.
+	Copy bool
+	// FS is how the store makes and removes directories; nil means fsys.OS.
+	FS fsys.FS
+}
+
 // Open makes a store in dir. Mounts that a killed engine has left there are detached.
-func Open(dir string, layers Layers) (*Store, error) {
+func Open(dir string, layers Layers) (*Store, error) { return OpenWith(dir, layers, Options{}) }
+
+// OpenWith is Open with options.
+func OpenWith(dir string, layers Layers, opt Options) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open snapshot store: %w", err)
 	}
-	s := &Store{dir: dir, layers: layers, mounts: map[*Mount]bool{}, leaving: map[layer.ID]*Mount{}}
+	s := &Store{dir: dir, layers: layers, fs: opt.FS, mounts: map[*Mount]bool{}, leaving: map[layer.ID]*Mount{}}
+	if s.fs == nil {
+		s.fs = fsys.OS
+	}
+	s.probe = sync.OnceValue(func() Info {
+		if opt.Copy {
+			return Info{Driver: DriverCopy, Reason: "asked for"}
+		}
+		return s.probeOverlay()
+	})
 	for _, d := range []string{s.empty(0), s.empty(1), s.mountpoints()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, fmt.Errorf("open snapshot store: %w", err)
@@ -140,9 +163,13 @@ type Mount struct {
 	s     *Store
 	snap  Snapshot
 	path  string
-	upper string     // as layers.NewUpper gave it; "" for a read-only mount
-	below *View      // of snap; nil for a read-only mount
+	upper string     // as layers.NewUpper gave it; "" for a read-only overlay
+	below *View      // of snap; nil for a read-only overlay
 	lower []layer.ID // the layers that are mounted for it
+
+	writable bool
+	copy     string       // where the files are, if they are a copy
+	before   *index.Index // what was in a writable copy at the beginning
 
 	gone chan struct{} // closed when it is unmounted
 
@@ -159,9 +186,9 @@ const (
 	released             // the upper directory is thrown away
 )
 
-// Mount mounts snap. Errors wrap ErrNoOverlay where that cannot be done at all.
+// Mount mounts snap.
 func (s *Store) Mount(ctx context.Context, snap Snapshot, o MountOptions) (*Mount, error) {
-	m := &Mount{s: s, snap: slices.Clone(snap), gone: make(chan struct{})}
+	m := &Mount{s: s, snap: slices.Clone(snap), writable: o.Writable, gone: make(chan struct{})}
 	// Registered before it is there, so that InUse holds the layers while they are looked for.
 	s.mu.Lock()
 	if s.closed {
@@ -185,6 +212,13 @@ func (s *Store) Mount(ctx context.Context, snap Snapshot, o MountOptions) (*Moun
 }
 
 func (m *Mount) mount(ctx context.Context, o MountOptions) error {
+	if m.s.probe().Driver == DriverCopy {
+		return m.mountCopy(ctx, o)
+	}
+	return m.mountOverlay(ctx, o)
+}
+
+func (m *Mount) mountOverlay(ctx context.Context, o MountOptions) error {
 	var ov overlay
 	seen := map[layer.ID]bool{}
 	for _, id := range slices.Backward(m.snap) {
@@ -225,7 +259,7 @@ func (m *Mount) mount(ctx context.Context, o MountOptions) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := os.Mkdir(m.path, 0o700); err != nil {
+	if err := m.s.fs.Mkdir(m.path, 0o700); err != nil {
 		return err
 	}
 	return ov.mount(m.path)
@@ -286,7 +320,7 @@ func (m *Mount) Snapshot() Snapshot { return slices.Clone(m.snap) }
 // Commit makes a layer of what was written and returns the snapshot with it on top; the snapshot itself when
 // nothing was written. No process may use the mount any more. The mount is gone, also after an error.
 func (m *Mount) Commit(ctx context.Context) (Snapshot, error) {
-	if m.upper == "" {
+	if !m.writable {
 		return nil, errors.New("commit snapshot: it is mounted read-only")
 	}
 	if !m.advance(committed) {
@@ -297,8 +331,15 @@ func (m *Mount) Commit(ctx context.Context) (Snapshot, error) {
 	// that it can be read and renamed while the unmount is still under way.
 	keepUpper := make(chan struct{})
 	go m.teardown(keepUpper)
-	id, err := m.s.layers.CommitTreeOver(ctx, m.upper, m.below)
-	if err == nil && id != "" {
+	var id layer.ID
+	var err error
+	if m.copy != "" {
+		err = m.copyChanges(ctx)
+	}
+	if err == nil {
+		id, err = m.s.layers.CommitTreeOver(ctx, m.upper, m.below)
+	}
+	if err == nil && id != "" && m.copy == "" {
 		m.s.setLeaving(id, m)
 	}
 	close(keepUpper)
@@ -387,7 +428,7 @@ func (m *Mount) removeDirs() {
 	if m.upper == "" {
 		return
 	}
-	if err := os.RemoveAll(m.upper); err != nil {
+	if err := m.s.fs.RemoveAll(m.upper); err != nil {
 		slog.Error("remove upper directory", "path", m.upper, "error", err)
 	}
 }

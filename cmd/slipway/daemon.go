@@ -231,6 +231,7 @@ func (a *app) printStatus(pid int, info *bkclient.Info, workers []*bkclient.Work
 		row("State directory", worker.Labels[engine.LabelRoot])
 		row("Builds running", worker.Labels[engine.LabelBuilds])
 		row("Layers", worker.Labels[engine.LabelLayers])
+		row("Snapshots", worker.Labels[engine.LabelSnapshots])
 	}
 	row("Disk usage", units.HumanSize(float64(size)))
 }

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshot
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// The values of Info.Driver.
+const (
+	DriverOverlay = "overlay"
+	DriverCopy    = "copy"
+)
+
+// Info says how a Store mounts snapshots.
+type Info struct {
+	// Driver is DriverOverlay or DriverCopy.
+	Driver string
+	// Reason says why it is not DriverOverlay; "" when it is.
+	Reason string
+}
+
+// Info finds out, once, how snapshots can be mounted here.
+func (s *Store) Info() Info { return s.probe() }
+
+// probeOverlay mounts a tiny overlay with an upper directory where those of steps will be, and replaces a file and a directory in
+// it: what a step leaves must be readable as a layer. (The root of a user namespace can mount one and cannot mark a
+// directory as opaque.)
+func (s *Store) probeOverlay() Info {
+	dir, err := s.layers.NewUpper(context.Background())
+	if err != nil {
+		return Info{Driver: DriverOverlay} // a full disk, say: whoever mounts something is told
+	}
+	defer s.fs.RemoveAll(dir)
+	if err := tryOverlay(dir); err != nil {
+		slog.Warn("snapshots are mounted as copies, which takes time and room", "reason", err)
+		return Info{Driver: DriverCopy, Reason: err.Error()}
+	}
+	return Info{Driver: DriverOverlay}
+}
+
+func tryOverlay(dir string) error {
+	at := func(names ...string) string { return filepath.Join(append([]string{dir}, names...)...) }
+	for _, d := range []string{at("lower"), at("merged"), at("lower", "d")} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return nil // as above
+		}
+	}
+	if err := os.WriteFile(at("lower", "f"), nil, 0o644); err != nil {
+		return nil
+	}
+	o := overlay{lowers: []string{at("lower")}, upper: at("upper"), work: at("work")}
+	if err := o.mount(at("merged")); err != nil {
+		return err
+	}
+	defer unix.Unmount(at("merged"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err := os.Remove(at("merged", "f")); err != nil {
+		return fmt.Errorf("remove a file in an overlay: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(at("upper", "f"), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != 0 {
+		return fmt.Errorf("overlay leaves no whiteout of a file that is removed (%w)", err)
+	}
+	if err := os.Remove(at("merged", "d")); err != nil {
+		return fmt.Errorf("remove a directory in an overlay: %w", err)
+	}
+	if err := os.Mkdir(at("merged", "d"), 0o755); err != nil {
+		return fmt.Errorf("replace a directory in an overlay: %w", err)
+	}
+	var value [1]byte
+	if _, err := unix.Lgetxattr(at("upper", "d"), "trusted.overlay.opaque", value[:]); err != nil || value[0] != 'y' {
+		return fmt.Errorf("overlay leaves no mark on a directory that is replaced (%w)", err)
+	}
+	return nil
+}
