@@ -210,10 +210,10 @@ func scan(data string, n int) (*Index, error) {
 	if len(data) > 1<<32-1 || n > 1<<31-1 {
 		return nil, fmt.Errorf("%d entries of %d bytes are too many", n, len(data))
 	}
-	x := &Index{data: data, nodes: make([]node, n)}
 	if n == 0 {
 		return nil, errors.New("there is no root")
 	}
+	x := &Index{data: data, nodes: make([]node, n), paths: newHashTable(n)}
 	// open are the directories that the entry at hand may be in, from the root; last is the name of the last entry of
 	// each so far.
 	type openDir struct {
@@ -268,6 +268,7 @@ func scan(data string, n int) (*Index, error) {
 			open = append(open, openDir{pos: int32(i), path: path})
 		}
 		x.unhashed = x.unhashed || typ == File && !r.hashed
+		x.paths.put(hashPath(path), i, typ == Dir && !opaque)
 	}
 	for _, d := range open {
 		x.nodes[d.pos].end = int32(n)

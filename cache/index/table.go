@@ -20,16 +20,15 @@ import (
 // directories. It is immutable and safe for concurrent use.
 //
 // In memory it is what it is in its file (see encode.go), with a table of where each entry begins, of the shape of the
-// tree, and of the paths by hash. An Entry is decoded when somebody asks for it.
+// tree, and of the paths by hash. An Entry is decoded when somebody asks for it. The hashes are made while the paths
+// are being read anyway: later, that would cost three times as much, and more than the questions of most builds.
 type Index struct {
 	data  string // the entries, encoded
 	nodes []node // one for each
-	dirs  int    // how many of them are directories
+	paths hashTable
+	dirs  int // how many of the entries are directories
 	// unhashed says that some file has no Digest.
 	unhashed bool
-
-	pathsOnce sync.Once // made for the first look-up: to load an index must not cost that
-	paths     hashTable
 
 	digestOnce sync.Once
 	digest     digest.Digest
@@ -260,18 +259,27 @@ func (x *Index) Pos(path string) (int, bool) { return x.pos(hashPath(path), path
 
 // pos is Pos for a path whose hash is known.
 func (x *Index) pos(hash uint64, path string) (int, bool) {
-	x.pathsOnce.Do(func() {
-		x.paths = newHashTable(len(x.nodes))
-		for i := range x.nodes {
-			x.paths.put(hashPath(x.Path(i)), i)
-		}
-	})
 	for slot := x.paths.first(hash); ; slot = x.paths.next(slot) {
-		i, ok := x.paths.at(slot, hash)
+		i, same, _ := x.paths.at(slot, hash)
 		if i < 0 {
 			return 0, false
 		}
-		if ok && x.record(i).path() == path {
+		if same && x.Path(i) == path {
+			return i, true
+		}
+	}
+}
+
+// hiding returns the number of the entry at path if it hides what layers below have in a directory there: if it is an
+// opaque directory, or none. It is for paths that are directories in some layer: those of the others need not be looked
+// at, only their places in the table.
+func (x *Index) hiding(hash uint64, path string) (int, bool) {
+	for slot := x.paths.first(hash); ; slot = x.paths.next(slot) {
+		i, same, merges := x.paths.at(slot, hash)
+		if i < 0 {
+			return 0, false
+		}
+		if same && !merges && x.Path(i) == path {
 			return i, true
 		}
 	}
@@ -291,29 +299,44 @@ func (x *Index) Children(i int) iter.Seq[int] {
 	}
 }
 
-// hashTable finds the position of a path by its hash: open addressing, at most half full. A slot has the upper half of
-// the hash and the position + 1; 0 is free. Most paths that are not there cost one look into it.
-type hashTable []uint64
+// hashTable finds the position of a path by its hash: open addressing, at most half full, four bytes a slot so that the
+// tables of a whole stack stay in the processor's cache. A slot has, from its lowest bit, the position + 1 (0 is free),
+// whether the entry is a directory that merges with those of layers below, and as much of the upper end of the hash as
+// fits. Most paths that are not there cost one look into it.
+type hashTable struct {
+	slots []uint32
+	bits  int // of a position
+}
 
 var hashSeed = maphash.MakeSeed()
 
 func hashPath(path string) uint64 { return maphash.String(hashSeed, path) }
 
-func newHashTable(n int) hashTable { return make(hashTable, 1<<bits.Len(uint(2*n))) }
-
-func (t hashTable) first(hash uint64) int { return int(hash & uint64(len(t)-1)) }
-func (t hashTable) next(slot int) int     { return (slot + 1) & (len(t) - 1) }
-
-// at returns the position in a slot, -1 when it is free, and whether it may be the path with this hash.
-func (t hashTable) at(slot int, hash uint64) (pos int, ok bool) {
-	v := t[slot]
-	return int(uint32(v)) - 1, v>>32 == hash>>32
+// newHashTable makes a table for n paths, of which there are fewer than 1<<31.
+func newHashTable(n int) hashTable {
+	return hashTable{slots: make([]uint32, 1<<bits.Len(uint(2*n-1))), bits: bits.Len(uint(n))}
 }
 
-func (t hashTable) put(hash uint64, pos int) {
+func (t *hashTable) first(hash uint64) int { return int(hash & uint64(len(t.slots)-1)) }
+func (t *hashTable) next(slot int) int     { return (slot + 1) & (len(t.slots) - 1) }
+
+// at returns the position in a slot, -1 when it is free, whether it may be the path with this hash, and whether it is a
+// directory that merges with those below.
+func (t *hashTable) at(slot int, hash uint64) (pos int, same, merges bool) {
+	v := t.slots[slot]
+	return int(v&(1<<t.bits-1)) - 1, v>>(t.bits+1) == t.tag(hash), v>>t.bits&1 != 0
+}
+
+func (t *hashTable) tag(hash uint64) uint32 { return uint32(hash>>32) >> (t.bits + 1) }
+
+func (t *hashTable) put(hash uint64, pos int, merges bool) {
 	slot := t.first(hash)
-	for t[slot] != 0 {
+	for t.slots[slot] != 0 {
 		slot = t.next(slot)
 	}
-	t[slot] = hash>>32<<32 | uint64(pos+1)
+	v := t.tag(hash)<<(t.bits+1) | uint32(pos+1)
+	if merges {
+		v |= 1 << t.bits
+	}
+	t.slots[slot] = v
 }

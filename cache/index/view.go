@@ -24,8 +24,8 @@ type Tree interface {
 type View struct {
 	layers []*Index // lowest first
 
-	mu    sync.RWMutex // guards known
-	known map[string][]place
+	mu     sync.RWMutex // guards lowest
+	lowest map[string]int
 }
 
 // Merge returns the view of a stack of layers, lowest first. Without layers it is an empty root directory.
@@ -52,16 +52,16 @@ func (v *View) Layer(path string) (i int, ok bool) {
 	return layer, ok
 }
 
-// find goes down the layers that have the parent of path until one has path itself.
+// find goes down the layers that show at the parent of path until one has path itself.
 func (v *View) find(path string) (layer, pos int, ok bool) {
 	if path == "" {
 		return len(v.layers) - 1, 0, len(v.layers) > 0
 	}
 	hash := hashPath(path)
-	for _, d := range v.directory(Parent(path)) {
-		x := v.layers[d.layer]
+	for layer, low := len(v.layers)-1, v.lowestAt(Parent(path)); layer >= low; layer-- {
+		x := v.layers[layer]
 		if i, found := x.pos(hash, path); found {
-			return d.layer, i, x.record(i).typ() != Whiteout
+			return layer, i, x.record(i).typ() != Whiteout
 		}
 	}
 	return -1, 0, false
@@ -84,50 +84,46 @@ type place struct{ layer, pos int }
 // maxKnown bounds the directories that a view remembers.
 const maxKnown = 1 << 16
 
-// directory returns the directories that show at path together, highest first; nil if there is none. Only the layers
-// that have a part of the parent are asked, and the answer is remembered: of many layers, few have any one directory.
-func (v *View) directory(path string) []place {
+// lowestAt returns the lowest layer of which the directory at path shows, if it has one: those below are hidden by an opaque
+// directory, or by something else than a directory, at path or above it. The answer is remembered, as the neighbours of a
+// path will be asked for too.
+func (v *View) lowestAt(path string) int {
 	v.mu.RLock()
-	dirs, ok := v.known[path]
+	low, ok := v.lowest[path]
 	v.mu.RUnlock()
 	if ok {
-		return dirs
+		return low
 	}
-	if path == "" {
-		for layer, x := range slices.Backward(v.layers) {
-			dirs = append(dirs, place{layer, 0})
-			if x.nodes[0].shadow {
-				break
+	if path != "" {
+		low = v.lowestAt(Parent(path))
+	}
+	hash := hashPath(path)
+	for layer := len(v.layers) - 1; layer >= low; layer-- {
+		x := v.layers[layer]
+		if i, hides := x.hiding(hash, path); hides {
+			if low = layer; x.nodes[i].dir < 0 {
+				low = layer + 1
 			}
-		}
-	} else {
-		parent := v.directory(Parent(path))
-		if parent == nil {
-			return nil
-		}
-		hash := hashPath(path)
-		for _, d := range parent {
-			x := v.layers[d.layer]
-			i, found := x.pos(hash, path)
-			if !found {
-				continue
-			}
-			if x.nodes[i].dir < 0 {
-				break // a whiteout or a file: it hides what is below, and is not merged with directories above
-			}
-			dirs = append(dirs, place{d.layer, i})
-			if x.nodes[i].shadow {
-				break
-			}
+			break
 		}
 	}
-	if dirs != nil {
-		v.mu.Lock()
-		if v.known == nil || len(v.known) >= maxKnown {
-			v.known = map[string][]place{}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.lowest == nil || len(v.lowest) >= maxKnown {
+		v.lowest = map[string]int{}
+	}
+	v.lowest[path] = low
+	return low
+}
+
+// directory returns the directories that show at path together, highest first; nil if there is none.
+func (v *View) directory(path string) []place {
+	var dirs []place
+	hash := hashPath(path)
+	for layer, low := len(v.layers)-1, v.lowestAt(path); layer >= low; layer-- {
+		if i, found := v.layers[layer].pos(hash, path); found {
+			dirs = append(dirs, place{layer, i})
 		}
-		v.known[path] = dirs
-		v.mu.Unlock()
 	}
 	return dirs
 }
