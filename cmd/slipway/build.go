@@ -123,6 +123,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err := o.addAttrs(&solve); err != nil {
 		return err
 	}
+	if err := addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()); err != nil {
+		return err
+	}
 	for _, spec := range o.contexts {
 		if err := addNamedContext(&solve, spec); err != nil {
 			return err

@@ -5,6 +5,7 @@ package buildkitapi
 import (
 	"context"
 	"maps"
+	"strconv"
 	"strings"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -130,10 +131,13 @@ func (s *Server) parseExporters(req *controlapi.SolveRequest, r *request) error 
 		if attrs == nil {
 			attrs = map[string]string{}
 		}
-		// As BuildKit does: the build argument counts for the exporter as well.
+		// As BuildKit does: the build argument counts for the exporter as well. What is not a number ("context") is for the
+		// frontend, which tells exporters what it has found out.
 		if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
-			if _, ok := attrs["source-date-epoch"]; !ok && epoch != "" {
-				attrs["source-date-epoch"] = epoch
+			if _, isSet := attrs["source-date-epoch"]; !isSet {
+				if _, err := strconv.ParseInt(epoch, 10, 64); err == nil || epoch == "" {
+					attrs["source-date-epoch"] = epoch
+				}
 			}
 		}
 		e, err := s.Exporters.New(given.GetType(), attrs)
