@@ -31,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/compress"
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
 // exported is what exports are tried on: everything that a file system can hold, in two layers.
@@ -360,6 +361,53 @@ func TestExportImages(t *testing.T) {
 		entry, _ := toBuffer("oci", map[string]string{key: value})
 		if _, err := te.exportTo(exported, nil, entry); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", attrs, err, want)
+		}
+	}
+}
+
+// TestExportIntoFile: a client on this host has the engine write its files, to the same bytes that the session brings.
+func TestExportIntoFile(t *testing.T) {
+	te := openTest(t)
+	te.base()
+	host, err := buildkitapi.HostID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, typ := range []string{"oci", "docker", "tar"} {
+		for _, compression := range []string{"uncompressed", "gzip"} {
+			attrs := map[string]string{"compression": compression}
+			if typ == "tar" {
+				attrs = nil
+			}
+			entry, b := toBuffer(typ, attrs)
+			te.mustExport(exported, nil, entry)
+			path := filepath.Join(t.TempDir(), "out")
+			write(t, path, []byte("x"))
+			entry = bkclient.ExportEntry{Type: typ, Attrs: maps.Clone(attrs), Output: func(map[string]string) (io.WriteCloser, error) {
+				t.Errorf("%s: came through the session", typ)
+				return &buffer{}, nil
+			}}
+			te.mustExport(exported, map[string]string{buildkitapi.HostAttr: host, buildkitapi.OutputFileAttr + "0": path}, entry)
+			got, err := os.ReadFile(path)
+			if err != nil || !bytes.Equal(got, b.Bytes()) {
+				t.Errorf("%s %s: %d bytes in the file, %d through the session, %v", typ, compression, len(got), b.Len(), err)
+			}
+			// Of another host it may be any path.
+			entry, b = toBuffer(typ, maps.Clone(attrs))
+			te.mustExport(exported, map[string]string{buildkitapi.HostAttr: "elsewhere", buildkitapi.OutputFileAttr + "0": path + "2"}, entry)
+			if _, err := os.Stat(path + "2"); err == nil || b.Len() == 0 {
+				t.Errorf("%s: a stranger's path was written to", typ)
+			}
+		}
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("/etc/passwd", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{link, "/dev/null", link + "missing", filepath.Dir(link)} {
+		entry, _ := toBuffer("oci", nil)
+		if _, err := te.exportTo(exported, map[string]string{buildkitapi.HostAttr: host, buildkitapi.OutputFileAttr + "0": bad}, entry); err == nil {
+			t.Errorf("%s is written to", bad)
 		}
 	}
 }

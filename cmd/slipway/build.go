@@ -139,6 +139,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	defer out.discard()
+	if err := out.handOver(solve.FrontendAttrs); err != nil {
+		return err
+	}
 	solve.Exports = out.exports
 	if solve.Session, err = a.attachables(o); err != nil {
 		return err

@@ -29,6 +29,8 @@ type request struct {
 	// localDirs and localIDs are where local sources come from, by name.
 	localDirs map[string]string
 	localIDs  map[string]string
+	// outputFiles are the client's files that the engine writes itself, by the number of the output.
+	outputFiles map[int]string
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
 	clientFrontend bool
 }
@@ -84,6 +86,9 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		}
 	}
 	var err error
+	if r.outputFiles, err = takeOutputFiles(r.opts, samePeerUser(ctx)); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
 	if r.localDirs, err = takeLocalDirs(r.opts, samePeerUser(ctx)); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
