@@ -160,7 +160,7 @@ func TestDamaged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	defer func() { s.Close() }()
 	const size = 3 << 20
 	d := s.Layers.NewDraft(nil)
 	d.Put(index.Entry{Path: "file", Type: index.File, Mode: 0o644, Size: size}, func() (io.ReadCloser, error) {
@@ -171,6 +171,17 @@ func TestDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := layerblob.New(layerblob.Deps{Layers: s.Layers, Blobs: s.Blobs, Records: s.Records})
+	if _, err := m.Layer(ctx, id, layerblob.Compression{Kind: compress.Gzip}); err != nil {
+		t.Fatal(err)
+	}
+	// What a process has written itself it takes for good.
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = cache.Open(ctx, root); err != nil {
+		t.Fatal(err)
+	}
+	m = layerblob.New(layerblob.Deps{Layers: s.Layers, Blobs: s.Blobs, Records: s.Records})
 	flip := func(path string) {
 		t.Helper()
 		f, err := os.OpenFile(path, os.O_RDWR, 0)
