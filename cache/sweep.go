@@ -24,6 +24,9 @@ import (
 // and what was downloaded with what the server said about it.
 var blobBuckets = []string{packedBucket, "http"}
 
+// derivedBucket of the record database has the layer that was made of others, by which and how (exporter/reshape).
+const derivedBucket = "derived-layers"
+
 // compactAfter is how many deleted records make the database worth compacting.
 const compactAfter = 500
 
@@ -159,6 +162,10 @@ func (s *Store) forget(layers []layer.ID) error {
 	}
 	if len(layers) == 0 {
 		return nil
+	}
+	err := s.Records.DropValues(derivedBucket, func(value []byte) bool { return !s.Layers.Exists(layer.ID(value)) })
+	if err != nil {
+		return err
 	}
 	return s.Records.DropValues(image.LayersBucket, func(value []byte) bool {
 		var snap snapshot.Snapshot

@@ -158,7 +158,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	pusher := registryexporter.New(registryexporter.Deps{
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs,
 	})
-	layouts := ocilayout.Deps{Layers: layerBlobs, Blobs: st.Blobs, Records: st.Records}
+	layouts := ocilayout.Deps{Layers: layerBlobs, Blobs: st.Blobs, Records: st.Records, Store: st.Layers}
 	files := func(ctx context.Context, ref exporter.Ref) (layer.Files, error) {
 		return st.Snapshots.View(ctx, ref.Snapshot)
 	}

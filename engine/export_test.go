@@ -16,16 +16,22 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/google/go-cmp/cmp"
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/tonistiigi/fsutil"
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/cache/compress"
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
 // exported is what exports are tried on: everything that a file system can hold, in two layers.
@@ -348,13 +354,60 @@ func TestExportImages(t *testing.T) {
 		}
 	}
 	for attrs, want := range map[string]string{
-		"compression=estargz": "not supported yet: compression=estargz", "rewrite-timestamp=true": "not supported yet: rewrite-timestamp=true",
+		"compression=estargz": "not supported yet: compression=estargz", "rewrite-timestamp=x": "not true or false", "squash=some": "want all",
 		"compression-level=10": "gzip has 0 to 9", "unknown=1": "not supported yet: unknown=1", "push=true": "not supported yet: push=true",
 	} {
 		key, value, _ := strings.Cut(attrs, "=")
 		entry, _ := toBuffer("oci", map[string]string{key: value})
 		if _, err := te.exportTo(exported, nil, entry); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", attrs, err, want)
+		}
+	}
+}
+
+// TestExportIntoFile: a client on this host has the engine write its files, to the same bytes that the session brings.
+func TestExportIntoFile(t *testing.T) {
+	te := openTest(t)
+	te.base()
+	host, err := buildkitapi.HostID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, typ := range []string{"oci", "docker", "tar"} {
+		for _, compression := range []string{"uncompressed", "gzip"} {
+			attrs := map[string]string{"compression": compression}
+			if typ == "tar" {
+				attrs = nil
+			}
+			entry, b := toBuffer(typ, attrs)
+			te.mustExport(exported, nil, entry)
+			path := filepath.Join(t.TempDir(), "out")
+			write(t, path, []byte("x"))
+			entry = bkclient.ExportEntry{Type: typ, Attrs: maps.Clone(attrs), Output: func(map[string]string) (io.WriteCloser, error) {
+				t.Errorf("%s: came through the session", typ)
+				return &buffer{}, nil
+			}}
+			te.mustExport(exported, map[string]string{buildkitapi.HostAttr: host, buildkitapi.OutputFileAttr + "0": path}, entry)
+			got, err := os.ReadFile(path)
+			if err != nil || !bytes.Equal(got, b.Bytes()) {
+				t.Errorf("%s %s: %d bytes in the file, %d through the session, %v", typ, compression, len(got), b.Len(), err)
+			}
+			// Of another host it may be any path.
+			entry, b = toBuffer(typ, maps.Clone(attrs))
+			te.mustExport(exported, map[string]string{buildkitapi.HostAttr: "elsewhere", buildkitapi.OutputFileAttr + "0": path + "2"}, entry)
+			if _, err := os.Stat(path + "2"); err == nil || b.Len() == 0 {
+				t.Errorf("%s: a stranger's path was written to", typ)
+			}
+		}
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("/etc/passwd", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{link, "/dev/null", link + "missing", filepath.Dir(link)} {
+		entry, _ := toBuffer("oci", nil)
+		if _, err := te.exportTo(exported, map[string]string{buildkitapi.HostAttr: host, buildkitapi.OutputFileAttr + "0": bad}, entry); err == nil {
+			t.Errorf("%s is written to", bad)
 		}
 	}
 }
@@ -398,29 +451,133 @@ func TestExportSeveral(t *testing.T) {
 	}
 }
 
-// TestExportReproducible: two engines make the same bytes of the same build.
+// reproducible has layers of every kind: copied, run, linked, and one that makes and hides what was there.
+const reproducible = `FROM scratch AS base2
+COPY --from=base / /
+FROM base2
+ENV PATH=/bin
+COPY --chmod=600 top /a/top
+COPY --link top /b
+RUN mkdir -p /made/dir && date > /dev/null && echo made > /made/file && ln /made/file /made/dir/link && mkfifo /made/pipe
+RUN rm -r /a && mkdir /a && touch -d '2001-02-03 04:05:06' /a/old && rm /made/pipe
+WORKDIR /work
+`
+
+// TestExportReproducible: two engines make the same bytes of the same build, and no time in them is later than the epoch.
 func TestExportReproducible(t *testing.T) {
-	var sums []digest.Digest
+	const epoch = 1700000000
+	args := map[string]string{"build-arg:SOURCE_DATE_EPOCH": strconv.Itoa(epoch)}
+	rewrite := func(more ...string) map[string]string {
+		attrs := map[string]string{"rewrite-timestamp": "true"}
+		for i := 0; i < len(more); i += 2 {
+			attrs[more[i]] = more[i+1]
+		}
+		return attrs
+	}
+	var first map[string]digest.Digest
 	for range 2 {
 		te := openTest(t)
-		for _, typ := range []string{"oci", "docker", "tar"} {
-			entry, b := toBuffer(typ, nil)
-			te.mustExport("FROM scratch\nCOPY --chmod=600 top /a/top\nCOPY --link top /b\n", map[string]string{"build-arg:SOURCE_DATE_EPOCH": "1700000000"}, entry)
-			if typ == "tar" {
-				sums = append(sums, digest.FromBytes(b.Bytes()))
+		te.base()
+		got := map[string]digest.Digest{}
+		for name, e := range map[string]struct {
+			typ   string
+			attrs map[string]string
+		}{
+			"tar":    {"tar", nil},
+			"oci":    {"oci", rewrite()},
+			"docker": {"docker", rewrite("compression", "uncompressed")},
+			"zstd":   {"oci", rewrite("compression", "zstd", "squash", "new")},
+			"all":    {"oci", rewrite("squash", "all", "source-date-epoch", "1600000000")},
+		} {
+			entry, b := toBuffer(e.typ, e.attrs)
+			te.mustExport(reproducible, args, entry)
+			got[name] = digest.FromBytes(b.Bytes())
+			if e.typ == "tar" {
 				continue
 			}
-			// Times in layers are those of the context's files as long as rewrite-timestamp is not supported, so the blobs may differ.
-			var index ocispec.Index
-			decode(t, untar(t, b.Bytes())["index.json"], &index)
-			if created := index.Manifests[0].Annotations[ocispec.AnnotationCreated]; created != "2023-11-14T22:13:20Z" {
-				t.Errorf("%s: created %s", typ, created)
+			latest := int64(epoch)
+			if name == "all" {
+				latest = 1600000000
 			}
+			checkTimes(t, name, untar(t, b.Bytes()), latest)
+		}
+		entry := bkclient.ExportEntry{Type: "image", Attrs: rewrite("name", "again")}
+		got["image"] = digest.Digest(te.mustExport(reproducible, args, entry)["containerimage.digest"])
+		// What is in the local store has the layers that were rewritten, and runs.
+		response := te.mustExport("FROM again\nRUN test -f /made/dir/link && test $(stat -c %Y /made/file) -eq "+strconv.Itoa(epoch)+" && test ! -e /a/top\n", nil,
+			bkclient.ExportEntry{Type: "image"})
+		if response["containerimage.digest"] == "" {
+			t.Errorf("%v", response)
 		}
 		te.stop()
+		if first == nil {
+			first = got
+			continue
+		}
+		if diff := cmp.Diff(first, got); diff != "" {
+			t.Error(diff)
+		}
 	}
-	if len(sums) != 2 || sums[0] != sums[1] {
-		t.Errorf("tars %v", sums)
+}
+
+// checkTimes looks into the image of an archive for times later than latest.
+func checkTimes(t *testing.T, what string, files map[string][]byte, latest int64) {
+	t.Helper()
+	blob := func(d ocispec.Descriptor) []byte { return files["blobs/sha256/"+d.Digest.Encoded()] }
+	var index ocispec.Index
+	decode(t, files["index.json"], &index)
+	created, err := time.Parse(time.RFC3339, index.Manifests[0].Annotations[ocispec.AnnotationCreated])
+	if err != nil || created.Unix() != latest {
+		t.Errorf("%s: created %v, %v", what, created, err)
+	}
+	var m ocispec.Manifest
+	decode(t, blob(index.Manifests[0]), &m)
+	var config ocispec.Image
+	decode(t, blob(m.Config), &config)
+	if config.Created == nil || config.Created.Unix() != latest {
+		t.Errorf("%s: config says %v", what, config.Created)
+	}
+	layers := 0
+	for _, h := range config.History {
+		if h.Created == nil || h.Created.Unix() > latest {
+			t.Errorf("%s: %q says %v", what, h.CreatedBy, h.Created)
+		}
+		if !h.EmptyLayer {
+			layers++
+		}
+	}
+	if layers != len(m.Layers) || len(config.RootFS.DiffIDs) != layers {
+		t.Errorf("%s: %d layers, %d diff IDs, %d in the history", what, len(m.Layers), len(config.RootFS.DiffIDs), layers)
+	}
+	old := false
+	for i, l := range m.Layers {
+		r, _, err := compress.NewReader(bytes.NewReader(blob(l)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if digest.FromBytes(raw) != config.RootFS.DiffIDs[i] {
+			t.Errorf("%s: layer %d is not its diff ID", what, i)
+		}
+		for tr := tar.NewReader(bytes.NewReader(raw)); ; {
+			h, err := tr.Next()
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if h.ModTime.Unix() > latest {
+				t.Errorf("%s: %s is of %v", what, h.Name, h.ModTime)
+			}
+			old = old || h.Name == "a/old" && h.ModTime.Year() == 2001
+		}
+	}
+	if !old {
+		t.Errorf("%s: a/old has lost its time, or is not there", what)
 	}
 }
 

@@ -131,6 +131,13 @@ func (o Options) Transfer(prefix string) func(id string, current, total int64, d
 	}
 }
 
+// Warn tells the client of the build what it may not have meant.
+func (o Options) Warn(short string) {
+	if o.Progress != nil {
+		o.Progress.Warn(short)
+	}
+}
+
 // Bytes reports the bytes of one step of an export, some times a second. The returned function is called by one goroutine at a
 // time, with all bytes so far; the end is when done is first true. total is 0 when it is not known.
 func (o Options) Bytes(id string, total int64) func(current int64, done bool) {

@@ -31,7 +31,7 @@ func stream(ctx context.Context, cancel context.CancelCauseFunc, opts Options, f
 		return err
 	}
 	report := opts.Bytes("sending tarball", 0)
-	counted := &counter{w: w, report: report}
+	counted := &counter{ctx: ctx, w: w, report: report}
 	if err := write(counted); err != nil {
 		cancel(err)
 		_ = w.Close()
@@ -46,6 +46,7 @@ func stream(ctx context.Context, cancel context.CancelCauseFunc, opts Options, f
 
 // counter reports how much has been written.
 type counter struct {
+	ctx    context.Context // of the stream, for ReadFrom
 	w      io.Writer
 	n      int64
 	report func(int64, bool)
@@ -56,4 +57,25 @@ func (c *counter) Write(p []byte) (int, error) {
 	c.n += int64(n)
 	c.report(c.n, false)
 	return n, err
+}
+
+// ReadFrom has a file copied by the kernel if the stream is a file of this host.
+func (c *counter) ReadFrom(r io.Reader) (total int64, err error) {
+	to, ok := c.w.(io.ReaderFrom)
+	if !ok {
+		return io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{r}, make([]byte, StreamBuffer))
+	}
+	const piece = 32 << 20
+	for {
+		if c.ctx.Err() != nil {
+			return total, context.Cause(c.ctx)
+		}
+		n, err := to.ReadFrom(io.LimitReader(r, piece))
+		total += n
+		c.n += n
+		c.report(c.n, false)
+		if err != nil || n < piece {
+			return total, err
+		}
+	}
 }

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -99,12 +100,62 @@ func (r *reader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// WriteTo leaves the copying to the kernel once the blob is known to be good.
+// WriteTo leaves the copying to the kernel where it can do it. A blob that is not known to be good is hashed at the same time.
 func (r *reader) WriteTo(w io.Writer) (int64, error) {
-	if r.hash == nil {
+	switch {
+	case r.hash == nil:
 		return io.Copy(w, r.f)
+	case r.pos > 0:
+		return io.CopyBuffer(w, onlyReader{r}, make([]byte, 256<<10))
 	}
-	return io.CopyBuffer(w, onlyReader{r}, make([]byte, 256<<10))
+	n, got, err := CopyAndHash(w, r.f, r.size, r.d.Algorithm())
+	r.hash = nil
+	switch {
+	case err != nil:
+		return n, err
+	case got != r.d:
+		return n, r.s.damaged(r.d, got)
+	}
+	r.s.setVerified(r.d)
+	return n, nil
+}
+
+// CopyAndHash copies the sizeBytes of f, which stands at its beginning, to w and returns their digest. Both are done at the same
+// time and on their own, so that the copying can be the kernel's.
+func CopyAndHash(w io.Writer, f *os.File, sizeBytes int64, algorithm digest.Algorithm) (int64, digest.Digest, error) {
+	var stop atomic.Bool
+	h := algorithm.Hash()
+	hashed := make(chan error, 1)
+	go func() {
+		buf := make([]byte, 1<<20)
+		for at := int64(0); at < sizeBytes && !stop.Load(); {
+			n, err := f.ReadAt(buf[:min(int64(len(buf)), sizeBytes-at)], at)
+			h.Write(buf[:n])
+			at += int64(n)
+			if err == io.EOF && at < sizeBytes {
+				err = io.ErrUnexpectedEOF
+			}
+			if err != nil && err != io.EOF {
+				hashed <- err
+				return
+			}
+		}
+		hashed <- nil
+	}()
+	n, err := io.Copy(w, f)
+	if err != nil {
+		stop.Store(true)
+	}
+	herr := <-hashed
+	switch {
+	case err != nil:
+		return n, "", err
+	case herr != nil:
+		return n, "", herr
+	case n != sizeBytes:
+		return n, "", fmt.Errorf("%d bytes instead of %d: %w", n, sizeBytes, io.ErrUnexpectedEOF)
+	}
+	return n, digest.NewDigest(algorithm, h), nil
 }
 
 func (s *Store) isVerified(d digest.Digest) bool {

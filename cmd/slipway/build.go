@@ -123,6 +123,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err := o.addAttrs(&solve); err != nil {
 		return err
 	}
+	if err := addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()); err != nil {
+		return err
+	}
 	for _, spec := range o.contexts {
 		if err := addNamedContext(&solve, spec); err != nil {
 			return err
@@ -136,6 +139,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	defer out.discard()
+	if err := out.handOver(solve.FrontendAttrs); err != nil {
+		return err
+	}
 	solve.Exports = out.exports
 	if solve.Session, err = a.attachables(o); err != nil {
 		return err

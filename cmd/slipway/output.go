@@ -15,6 +15,8 @@ import (
 
 	"github.com/distribution/reference"
 	bkclient "github.com/moby/buildkit/client"
+
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
 // outputs are what a build makes, by -o, --push and --load.
@@ -189,6 +191,7 @@ func (out *outputs) add(attrs map[string]string, stdout io.Writer) error {
 		if slices.ContainsFunc(out.files, func(f *outputFile) bool { return f.path == file.path }) {
 			return fmt.Errorf("--output: two outputs cannot both be %s", dest)
 		}
+		file.number = len(out.exports)
 		out.files = append(out.files, file)
 		entry.Output = file.open
 	}
@@ -232,6 +235,25 @@ func realPath(path string) (string, error) {
 	return real, err
 }
 
+// handOver lets an engine of this host write the files itself, instead of sending what belongs in them.
+func (out *outputs) handOver(attrs map[string]string) error {
+	host, err := buildkitapi.HostID()
+	if err != nil {
+		return nil // through the session, then
+	}
+	for _, f := range out.files {
+		if f.direct {
+			continue
+		}
+		if err := f.create(); err != nil {
+			return fmt.Errorf("--output: %w", err)
+		}
+		attrs[buildkitapi.HostAttr] = host
+		attrs[buildkitapi.OutputFileAttr+strconv.Itoa(f.number)] = f.temp
+	}
+	return nil
+}
+
 // commit gives the files their names: the build has ended well.
 func (out *outputs) commit() error {
 	for _, f := range out.files {
@@ -253,9 +275,12 @@ func (out *outputs) discard() {
 type outputFile struct {
 	path string
 	mode os.FileMode
+	// existed says that mode is that of the file which is replaced.
+	existed bool
 	// direct says that there is something else than a file, like a pipe, which is written as it is.
 	direct bool
 	temp   string // "" as long as there is none
+	number int    // of the output
 }
 
 func newOutputFile(dest string) (*outputFile, error) {
@@ -274,7 +299,7 @@ func newOutputFile(dest string) (*outputFile, error) {
 		return nil, errors.New("is a directory")
 	}
 	f.direct = !info.Mode().IsRegular()
-	f.mode = info.Mode().Perm()
+	f.mode, f.existed = info.Mode().Perm(), true
 	return f, nil
 }
 
@@ -282,24 +307,48 @@ func (f *outputFile) open(map[string]string) (io.WriteCloser, error) {
 	if f.direct {
 		return os.OpenFile(f.path, os.O_WRONLY, 0)
 	}
+	if err := f.create(); err != nil {
+		return nil, err
+	}
+	return os.OpenFile(f.temp, os.O_WRONLY|os.O_TRUNC, 0)
+}
+
+// create makes the file that gets the name later, unless it is there.
+func (f *outputFile) create() error {
+	if f.temp != "" {
+		return nil
+	}
 	dir, name := filepath.Split(f.path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
+		return err
 	}
 	temp := filepath.Join(dir, fmt.Sprintf(".%s.%d.slipway", name, os.Getpid()))
-	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, f.mode)
+	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, f.mode|0o600)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	f.temp = temp
-	return file, nil
+	return file.Close()
 }
 
 func (f *outputFile) commit() error {
 	if f.temp == "" {
 		return nil
 	}
-	err := os.Rename(f.temp, f.path)
+	info, err := os.Stat(f.temp)
+	if err != nil {
+		return err
+	}
+	if info.Size() == 0 { // nobody has written to it: no archive is empty
+		f.discard()
+		return nil
+	}
+	if f.existed {
+		if err := os.Chmod(f.temp, f.mode); err != nil {
+			return err
+		}
+	}
+	err = os.Rename(f.temp, f.path)
 	if err == nil {
 		f.temp = ""
 	}

@@ -27,6 +27,8 @@ type clientOutput struct {
 	session *clientSession
 	// id is the export's place in the request.
 	id int
+	// path is the client's file on this host, "" when it is reached through the session only.
+	path string
 }
 
 var _ exporter.Output = clientOutput{}
@@ -41,6 +43,13 @@ func (o clientOutput) caller(ctx context.Context) (session.Caller, error) {
 
 // File implements exporter.Output.
 func (o clientOutput) File(ctx context.Context, facts map[string]string) (io.WriteCloser, error) {
+	if o.path != "" {
+		f, err := openOutputFile(o.path)
+		if err != nil {
+			return nil, fmt.Errorf("output %d of the client: %w", o.id, err)
+		}
+		return f, nil
+	}
 	c, err := o.caller(ctx)
 	if err != nil {
 		return nil, err

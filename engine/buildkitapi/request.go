@@ -5,6 +5,7 @@ package buildkitapi
 import (
 	"context"
 	"maps"
+	"strconv"
 	"strings"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
@@ -28,6 +29,8 @@ type request struct {
 	// localDirs and localIDs are where local sources come from, by name.
 	localDirs map[string]string
 	localIDs  map[string]string
+	// outputFiles are the client's files that the engine writes itself, by the number of the output.
+	outputFiles map[int]string
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
 	clientFrontend bool
 }
@@ -83,6 +86,9 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		}
 	}
 	var err error
+	if r.outputFiles, err = takeOutputFiles(r.opts, samePeerUser(ctx)); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
 	if r.localDirs, err = takeLocalDirs(r.opts, samePeerUser(ctx)); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
@@ -130,10 +136,13 @@ func (s *Server) parseExporters(req *controlapi.SolveRequest, r *request) error 
 		if attrs == nil {
 			attrs = map[string]string{}
 		}
-		// As BuildKit does: the build argument counts for the exporter as well.
+		// As BuildKit does: the build argument counts for the exporter as well. What is not a number ("context") is for the
+		// frontend, which tells exporters what it has found out.
 		if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
-			if _, ok := attrs["source-date-epoch"]; !ok && epoch != "" {
-				attrs["source-date-epoch"] = epoch
+			if _, isSet := attrs["source-date-epoch"]; !isSet {
+				if _, err := strconv.ParseInt(epoch, 10, 64); err == nil || epoch == "" {
+					attrs["source-date-epoch"] = epoch
+				}
 			}
 		}
 		e, err := s.Exporters.New(given.GetType(), attrs)

@@ -123,7 +123,7 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if err != nil {
 		return nil, err
 	}
-	response, err := s.exportAll(ctx, b, client, session, req.exporters, result)
+	response, err := s.exportAll(ctx, b, client, session, req, result)
 	if err != nil {
 		return nil, err
 	}
@@ -163,12 +163,12 @@ func evaluate(ctx context.Context, res *gwclient.Result) (exporter.Result, error
 }
 
 // exportAll runs all exporters at once. Of what they tell the client the last one's word counts.
-func (s *Server) exportAll(ctx context.Context, b *build, client *gateway.Client, session *clientSession, exporters []exporter.Exporter, r exporter.Result) (map[string]string, error) {
-	responses := make([]map[string]string, len(exporters))
+func (s *Server) exportAll(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, r exporter.Result) (map[string]string, error) {
+	responses := make([]map[string]string, len(req.exporters))
 	group, ctx := errgroup.WithContext(ctx)
-	for i, e := range exporters {
+	for i, e := range req.exporters {
 		group.Go(func() (err error) {
-			responses[i], err = s.export(ctx, b, client, clientOutput{session, i}, e, r)
+			responses[i], err = s.export(ctx, b, client, clientOutput{session, i, req.outputFiles[i]}, e, r)
 			return err
 		})
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/exporter/reshape"
 )
 
 // attrs are the options of one export.
@@ -26,6 +27,7 @@ type attrs struct {
 	// epochSet says that source-date-epoch was given, perhaps as "", which turns off what the frontend says.
 	epochSet    bool
 	annotations Annotations
+	reshape     reshape.Options
 }
 
 // parseAttrs refuses what this exporter does not do, by name.
@@ -57,16 +59,18 @@ func parseAttrs(given map[string]string) (attrs, error) {
 		case exptypes.OptKeyLayerCompression:
 			compression = value
 		case exptypes.OptKeyPushByDigest, exptypes.OptKeyInsecure, exptypes.OptKeyNameCanonical, exptypes.OptKeyOCIArtifact,
-			exptypes.OptKeyForceCompression, exptypes.OptKeyRewriteTimestamp, exptypes.OptKeyPreferNondistLayers,
+			exptypes.OptKeyForceCompression, exptypes.OptKeyPreferNondistLayers,
 			exptypes.OptKeyDanglingEmptyOnly:
 			if on, err = ParseBool(value); on {
 				return attrs{}, NotSupported(key, value)
 			}
 		default:
-			if ok, aerr := a.annotations.Add(key, value); !ok {
+			var ok bool
+			if ok, err = a.reshape.Set(key, value); !ok {
+				ok, err = a.annotations.Add(key, value)
+			}
+			if !ok {
 				return attrs{}, NotSupported(key, value)
-			} else {
-				err = aerr
 			}
 		}
 		if err != nil {

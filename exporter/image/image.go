@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -27,6 +28,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/exporter/registry"
+	"github.com/seed-68981b69/slipway/exporter/reshape"
 )
 
 // Deps is what exports work with.
@@ -62,6 +64,13 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	names, err := e.names(r)
 	if err != nil {
 		return nil, err
+	}
+	shaper := reshape.Shaper{Layers: e.deps.Layers, Records: e.deps.Records}
+	r, err = shaper.Apply(ctx, r, e.attrs.reshape, func(platformID string) (*time.Time, error) {
+		return Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
+	}, opts)
+	if err != nil {
+		return nil, fmt.Errorf("export image: %w", err)
 	}
 	target, err := e.assemble(ctx, r, opts)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"sync"
 
@@ -214,7 +215,7 @@ func (m *Maker) Open(ctx context.Context, b Blob) (io.ReadCloser, error) {
 		defer m.mu.Unlock()
 		m.verified[b.tar] = true
 	}
-	return readCloser{v, tar}, nil
+	return &unverified{v, tar, sizeBytes}, nil
 }
 
 // OpenBlob opens a blob of the store. The end is an error if the bytes are not those of its digest.
@@ -230,9 +231,26 @@ func OpenBlob(blobs *blob.Store, desc ocispec.Descriptor) (io.ReadCloser, error)
 	return r, nil
 }
 
-type readCloser struct {
-	io.Reader
-	io.Closer
+// unverified is a tar that this process has not read yet.
+type unverified struct {
+	*verified
+	tar       io.ReadSeekCloser
+	sizeBytes int64
+}
+
+func (u *unverified) Close() error { return u.tar.Close() }
+
+// WriteTo leaves the copying to the kernel where it can do it, and hashes at the same time.
+func (u *unverified) WriteTo(w io.Writer) (int64, error) {
+	f, ok := u.tar.(*os.File)
+	if !ok || u.started {
+		return io.Copy(w, struct{ io.Reader }{u.verified})
+	}
+	n, got, err := blob.CopyAndHash(w, f, u.sizeBytes, u.want.Algorithm())
+	if err == nil {
+		err = u.judge(got)
+	}
+	return n, err
 }
 
 // verified fails at the end of the stream if it was not what it should have been.
@@ -241,6 +259,8 @@ type verified struct {
 	want digest.Digest
 	hash digest.Digester
 	good func() // called when it was; may be nil
+	// started says that something has been read.
+	started bool
 }
 
 func verify(r io.Reader, want digest.Digest) *verified {
@@ -248,17 +268,26 @@ func verify(r io.Reader, want digest.Digest) *verified {
 }
 
 func (v *verified) Read(p []byte) (int, error) {
+	v.started = true
 	n, err := v.r.Read(p)
 	v.hash.Hash().Write(p[:n])
 	if err == io.EOF {
-		if got := v.hash.Digest(); got != v.want {
-			return n, fmt.Errorf("the layer is damaged: its tar has digest %s", got)
-		}
-		if v.good != nil {
-			v.good()
+		if bad := v.judge(v.hash.Digest()); bad != nil {
+			return n, bad
 		}
 	}
 	return n, err
+}
+
+// judge says what it means that everything together has this digest.
+func (v *verified) judge(got digest.Digest) error {
+	if got != v.want {
+		return fmt.Errorf("the layer is damaged: its tar has digest %s", got)
+	}
+	if v.good != nil {
+		v.good()
+	}
+	return nil
 }
 
 // locks is a lock for each key.

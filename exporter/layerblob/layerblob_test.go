@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -147,5 +149,92 @@ func TestCanceled(t *testing.T) {
 	cancel(nil)
 	if _, err := m.Layer(ctx, "d00", layerblob.Compression{Kind: compress.Gzip}); err == nil {
 		t.Error("a layer that is not there has a blob")
+	}
+}
+
+// TestDamaged: nothing that is not what its digest says is copied without an error, whoever copies.
+func TestDamaged(t *testing.T) {
+	ctx := t.Context()
+	root := t.TempDir()
+	s, err := cache.Open(ctx, root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { s.Close() }()
+	const size = 3 << 20
+	d := s.Layers.NewDraft(nil)
+	d.Put(index.Entry{Path: "file", Type: index.File, Mode: 0o644, Size: size}, func() (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(make([]byte, size))), nil
+	})
+	id, err := d.Commit(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := layerblob.New(layerblob.Deps{Layers: s.Layers, Blobs: s.Blobs, Records: s.Records})
+	if _, err := m.Layer(ctx, id, layerblob.Compression{Kind: compress.Gzip}); err != nil {
+		t.Fatal(err)
+	}
+	// What a process has written itself it takes for good.
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = cache.Open(ctx, root); err != nil {
+		t.Fatal(err)
+	}
+	m = layerblob.New(layerblob.Deps{Layers: s.Layers, Blobs: s.Blobs, Records: s.Records})
+	flip := func(path string) {
+		t.Helper()
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		b := []byte{0}
+		if _, err := f.ReadAt(b, 600); err != nil {
+			t.Fatal(err)
+		}
+		b[0] ^= 1
+		if _, err := f.WriteAt(b, 600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, kind := range []compress.Kind{compress.None, compress.Gzip} {
+		b, err := m.Layer(ctx, id, layerblob.Compression{Kind: kind})
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(root, "layers", string(id), "layer.tar")
+		if kind != compress.None {
+			path = filepath.Join(s.Blobs.Dir(), "blobs", "sha256", b.Desc.Digest.Encoded())
+		}
+		copyTo := func(w io.Writer) error {
+			r, err := m.Open(ctx, b)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			_, err = io.Copy(w, r)
+			return err
+		}
+		flip(path)
+		file, err := os.Create(filepath.Join(t.TempDir(), "copy"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		if err := copyTo(file); err == nil {
+			t.Errorf("%s: a damaged blob was copied into a file", kind)
+		}
+		if kind == compress.None {
+			if err := copyTo(struct{ io.Writer }{io.Discard}); err == nil {
+				t.Errorf("%s: a damaged blob was copied", kind)
+			}
+			flip(path)
+			if err := copyTo(file); err != nil {
+				t.Errorf("%s: %v", kind, err)
+			}
+		} else if s.Blobs.Has(b.Desc.Digest) {
+			t.Errorf("%s: a damaged blob stays", kind)
+		}
 	}
 }

@@ -4,7 +4,6 @@ package ocilayout
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -16,8 +15,6 @@ import (
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
-	"github.com/seed-68981b69/slipway/exporter"
 )
 
 // file is an entry of the archive.
@@ -82,37 +79,58 @@ func (l *layout) writeTar(ctx context.Context, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	buffered := bufio.NewWriterSize(w, exporter.StreamBuffer)
-	tw := tar.NewWriter(buffered)
-	buf := make([]byte, exporter.StreamBuffer)
+	// Headers are collected until a file comes that goes by itself: the kernel may copy it.
+	var headers bytes.Buffer
+	flush := func() error {
+		_, err := headers.WriteTo(w)
+		return err
+	}
 	for _, f := range files {
 		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: f.mode, Size: f.size}
 		if strings.HasSuffix(f.name, "/") {
 			h.Typeflag = tar.TypeDir
 		}
-		if err := tw.WriteHeader(h); err != nil {
+		if err := tar.NewWriter(&headers).WriteHeader(h); err != nil {
 			return fmt.Errorf("%s: %w", f.name, err)
 		}
 		if f.open == nil {
 			continue
 		}
-		if err := copyFile(ctx, tw, f, buf); err != nil {
+		if f.size > smallFile {
+			if err := flush(); err != nil {
+				return err
+			}
+			err = copyFile(ctx, w, f)
+		} else {
+			err = copyFile(ctx, &headers, f)
+		}
+		if err != nil {
 			return fmt.Errorf("%s: %w", f.name, err)
 		}
+		if rest := f.size % tarBlock; rest != 0 {
+			headers.Write(make([]byte, tarBlock-rest))
+		}
 	}
-	if err := tw.Close(); err != nil {
-		return err
-	}
-	return buffered.Flush()
+	headers.Write(make([]byte, 2*tarBlock))
+	return flush()
 }
 
-func copyFile(ctx context.Context, w io.Writer, f file, buf []byte) error {
+const (
+	tarBlock = 512
+	// smallFile is what is copied through memory, in bytes.
+	smallFile = 64 << 10
+)
+
+func copyFile(ctx context.Context, w io.Writer, f file) error {
 	r, err := f.open(ctx)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, buf)
+	n, err := io.Copy(w, r)
+	if err == nil && n != f.size {
+		err = fmt.Errorf("%d bytes instead of %d", n, f.size)
+	}
 	return err
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/exporter/image"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
+	"github.com/seed-68981b69/slipway/exporter/reshape"
 )
 
 // attrs are the options of one export.
@@ -25,6 +26,7 @@ type attrs struct {
 	annotations image.Annotations
 	epoch       *time.Time
 	epochSet    bool
+	reshape     reshape.Options
 }
 
 // parseAttrs refuses what these exporters do not do, by name.
@@ -74,13 +76,16 @@ func (a *attrs) set(key, value string) (err error) {
 	case exptypes.OptKeySourceDateEpoch:
 		a.epochSet = true
 		a.epoch, err = image.ParseEpoch(value)
-	case exptypes.OptKeyOCIArtifact, exptypes.OptKeyRewriteTimestamp, exptypes.OptKeyPreferNondistLayers, exptypes.OptKeyForceInlineAttestations:
+	case exptypes.OptKeyOCIArtifact, exptypes.OptKeyPreferNondistLayers, exptypes.OptKeyForceInlineAttestations:
 		if on, err = image.ParseBool(value); on {
 			return image.NotSupported(key, value)
 		}
 	default:
 		var ok bool
-		if ok, err = a.annotations.Add(key, value); !ok {
+		if ok, err = a.reshape.Set(key, value); !ok {
+			ok, err = a.annotations.Add(key, value)
+		}
+		if !ok {
 			return image.NotSupported(key, value)
 		}
 	}

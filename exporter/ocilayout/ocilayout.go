@@ -26,10 +26,12 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/seed-68981b69/slipway/cache/blob"
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/exporter/image"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
+	"github.com/seed-68981b69/slipway/exporter/reshape"
 )
 
 // Variant is which of the two formats.
@@ -52,6 +54,8 @@ type Deps struct {
 	Layers  *layerblob.Maker
 	Blobs   *blob.Store
 	Records *record.Store
+	// Store is where layers of another shape are made.
+	Store *layer.Store
 }
 
 // New returns the factory for a variant.
@@ -84,6 +88,13 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 	names, err := image.Names(e.attrs.names, r)
 	if err != nil {
 		return nil, err
+	}
+	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records}
+	r, err = shaper.Apply(ctx, r, e.attrs.reshape, func(platformID string) (*time.Time, error) {
+		return image.Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
+	}, opts)
+	if err != nil {
+		return nil, fmt.Errorf("export %s image: %w", e.variant, err)
 	}
 	l, err := e.layout(ctx, r, names, opts)
 	if err != nil {
