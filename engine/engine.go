@@ -154,7 +154,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	pusher := registryexporter.New(registryexporter.Deps{
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs,
 	})
-	layouts := ocilayout.Deps{Layers: layerBlobs, Blobs: st.Blobs, Records: st.Records}
+	layouts := ocilayout.Deps{Layers: layerBlobs, Indexes: st.Layers, Blobs: st.Blobs, Records: st.Records}
 	files := func(ctx context.Context, ref exporter.Ref) (layer.Files, error) {
 		return st.Snapshots.View(ctx, ref.Snapshot)
 	}
@@ -212,7 +212,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		},
 		Exporters: exporter.Types{
 			"image": imageexporter.New(imageexporter.Deps{
-				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher,
+				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,
 			}),
 			"oci":       ocilayout.New(ocilayout.OCI, layouts),
 			"docker":    ocilayout.New(ocilayout.Docker, layouts),
