@@ -158,7 +158,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	pusher := registryexporter.New(registryexporter.Deps{
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs,
 	})
-	layouts := ocilayout.Deps{Layers: layerBlobs, Blobs: st.Blobs, Records: st.Records, Store: st.Layers}
+	layouts := ocilayout.Deps{Layers: layerBlobs, Store: st.Layers, Blobs: st.Blobs, Records: st.Records}
 	files := func(ctx context.Context, ref exporter.Ref) (layer.Files, error) {
 		return st.Snapshots.View(ctx, ref.Snapshot)
 	}
@@ -223,7 +223,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		},
 		Exporters: exporter.Types{
 			"image": imageexporter.New(imageexporter.Deps{
-				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher,
+				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,
 			}),
 			"oci":       ocilayout.New(ocilayout.OCI, layouts),
 			"docker":    ocilayout.New(ocilayout.Docker, layouts),

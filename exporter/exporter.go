@@ -53,6 +53,8 @@ type Ref struct {
 	// (empty for scratch) and ending with Snapshot. It says which line of the history has made which layer: a step that
 	// changed nothing has none.
 	Chain []snapshot.Snapshot
+	// Attestations are what is said about this platform's result.
+	Attestations []Attestation
 }
 
 // NewResult puts together what a frontend returned: its metadata, and the snapshot of each platform by its ID, or of
@@ -93,6 +95,8 @@ type Options struct {
 	Credentials registry.Credentials
 	// Output is the client's end of this export; nil when there is none.
 	Output Output
+	// Layers, when set, is told as which blobs an image has the layers of the Ref with that ID.
+	Layers func(id string, layers LayerBlobs)
 	// Now is the clock for images that do not say when they were made; nil means time.Now.
 	Now func() time.Time
 }

@@ -80,6 +80,9 @@ type Source interface {
 type Pin struct {
 	Parts     []record.Part
 	ByContent bool
+	// Resolved is what provenance says that the source was: the digest of an image's manifest or index, as its name stands for it; a
+	// commit; the digest of what was downloaded. "" when there is nothing but content.
+	Resolved string
 }
 
 // Env is what an op may use of the build it runs for. Each call of an op's method has its own.

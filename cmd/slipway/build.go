@@ -22,6 +22,7 @@ import (
 	"github.com/distribution/reference"
 	dockerconfig "github.com/docker/cli/cli/config"
 	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/auth/authprovider"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
@@ -62,6 +63,7 @@ type buildOptions struct {
 	allow         []string
 	idFile        string
 	metadataFile  string
+	attestOptions
 }
 
 func newBuildCommand(a *app) *cobra.Command {
@@ -96,6 +98,9 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP")
 	f.StringVar(&o.network, "network", "", "network of RUN steps: default, none or host")
 	f.StringSliceVar(&o.allow, "allow", nil, "let the Dockerfile ask for network.host or security.insecure")
+	f.StringArrayVar(&o.attest, "attest", nil, "say something about the result: type=provenance|sbom[,KEY=VALUE…]")
+	f.StringVar(&o.provenance, "provenance", "", "where the result comes from: true, false or KEY=VALUE… (mode=min|max)")
+	f.StringVar(&o.sbom, "sbom", "", "what is in the result: true, false or KEY=VALUE… (generator=IMAGE)")
 	f.StringVar(&o.idFile, "iidfile", "", "write the image's ID to this file")
 	f.StringVar(&o.metadataFile, "metadata-file", "", "write facts about the result to this file, as JSON")
 	return cmd
@@ -114,6 +119,7 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		Frontend:      "dockerfile.v0",
 		FrontendAttrs: map[string]string{},
 		LocalMounts:   map[string]fsutil.FS{},
+		Ref:           identity.NewID(),
 	}
 	cleanup, err := a.addContext(&solve, o.file, dir)
 	if err != nil {
@@ -124,6 +130,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	if err := addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()); err != nil {
+		return err
+	}
+	if err := o.attestOptions.addAttrs(solve.FrontendAttrs); err != nil {
 		return err
 	}
 	for _, spec := range o.contexts {
@@ -166,7 +175,14 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err := out.commit(); err != nil {
 		return fmt.Errorf("--output: %w", err)
 	}
-	return a.buildDone(o, response.ExporterResponse, out.toStdout)
+	var about map[string]json.RawMessage
+	if o.metadataFile != "" {
+		if about, err = provenanceMetadata(ctx, client, solve.Ref); err != nil {
+			return fmt.Errorf("--metadata-file: %w", err)
+		}
+		response.ExporterResponse["buildx.build.ref"] = solve.Ref
+	}
+	return a.buildDone(o, response.ExporterResponse, about, out.toStdout)
 }
 
 // localSources are the files of this host that a build is made of, as far as its main context goes.
@@ -269,7 +285,7 @@ func (a *app) buildError(ctx context.Context, err error, tail []byte) error {
 }
 
 // buildDone reports the result.
-func (a *app) buildDone(o buildOptions, response map[string]string, stdoutTaken bool) error {
+func (a *app) buildDone(o buildOptions, response map[string]string, about map[string]json.RawMessage, stdoutTaken bool) error {
 	id := response["containerimage.config.digest"]
 	if id == "" {
 		id = response["containerimage.digest"] // of several platforms
@@ -286,7 +302,7 @@ func (a *app) buildDone(o buildOptions, response map[string]string, stdoutTaken 
 		}
 	}
 	if o.metadataFile != "" {
-		data, err := metadata(response)
+		data, err := metadata(response, about)
 		if err != nil {
 			return err
 		}
@@ -298,8 +314,11 @@ func (a *app) buildDone(o buildOptions, response map[string]string, stdoutTaken 
 }
 
 // metadata is the response as JSON; what BuildKit sends as base64 of JSON is unpacked.
-func metadata(response map[string]string) ([]byte, error) {
+func metadata(response map[string]string, about map[string]json.RawMessage) ([]byte, error) {
 	out := map[string]any{}
+	for k, v := range about {
+		out[k] = v
+	}
 	for k, v := range response {
 		out[k] = v
 		if data, err := base64.StdEncoding.DecodeString(v); err == nil {

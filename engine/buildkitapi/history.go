@@ -60,16 +60,16 @@ func (r *request) project() string {
 }
 
 // finishHistory writes down a build that has ended with err.
-func (s *Server) finishHistory(rec *controlapi.BuildHistoryRecord, rc *recorder, req *request, reports []solver.Report, response map[string]string, err error) {
+func (s *Server) finishHistory(rec *controlapi.BuildHistoryRecord, rc *recorder, req *request, reports []solver.Report, made *outcome, response map[string]string, err error) {
 	defer rc.close()
 	ctx := context.Background()
-	if failure := s.keepHistory(ctx, rec, rc, req, reports, response, err); failure != nil {
+	if failure := s.keepHistory(ctx, rec, rc, req, reports, made, response, err); failure != nil {
 		s.Log.Warn("keep the record of a build", "build", rec.Ref, "error", failure)
 		s.History.Abandoned(rec.Ref)
 	}
 }
 
-func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRecord, rc *recorder, req *request, reports []solver.Report, response map[string]string, err error) error {
+func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRecord, rc *recorder, req *request, reports []solver.Report, made *outcome, response map[string]string, err error) error {
 	var own []ocispec.Descriptor
 	put := func(mediaType string, data []byte) (*controlapi.Descriptor, error) {
 		desc, err := s.History.Blobs.PutBytes(ctx, mediaType, data)
@@ -115,9 +115,24 @@ func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRe
 	rec.ExporterResponse = response
 
 	rec.Result = &controlapi.BuildResultInfo{}
-	if d := exportedDescriptor(response); d != nil {
-		rec.Result.ResultDeprecated = d
-		rec.Result.Results = map[int64]*controlapi.Descriptor{0: d}
+	for i, exported := range made.responses {
+		d := exportedDescriptor(exported)
+		if d == nil {
+			continue
+		}
+		if rec.Result.ResultDeprecated == nil {
+			rec.Result.ResultDeprecated = d
+			rec.Result.Results = map[int64]*controlapi.Descriptor{}
+		}
+		rec.Result.Results[int64(i)] = d
+		if read, failure := s.namedByIndex(d); failure == nil {
+			shared = append(shared, read...)
+		} // or its blobs are at the client, or in a registry
+	}
+	if err == nil {
+		if failure := made.result.keep(ctx, rec, req.attests.builderID, put); failure != nil {
+			return failure
+		}
 	}
 	doc := s.explain(ctx, rec, req, reports, err)
 	for _, step := range doc.Steps {

@@ -26,6 +26,7 @@ type request struct {
 	inputs       map[string]*pb.Definition
 	exporters    []exporter.Exporter
 	entitlements []string
+	attests      attests
 	// localDirs and localIDs are where local sources come from, by name.
 	localDirs map[string]string
 	localIDs  map[string]string
@@ -78,9 +79,6 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		return nil, err
 	}
 	for attr, value := range r.opts {
-		if name, ok := strings.CutPrefix(attr, "attest:"); ok && !disabled(value) {
-			return nil, notSupported("attestation " + name)
-		}
 		if name, ok := strings.CutPrefix(attr, "local-sessionid:"); ok {
 			r.localIDs[name] = value
 		}
@@ -89,21 +87,14 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	if r.outputFiles, err = takeOutputFiles(r.opts, samePeerUser(ctx)); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	if r.attests, err = parseAttests(r.opts); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
 	if r.localDirs, err = takeLocalDirs(r.opts, samePeerUser(ctx)); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	r.clientFrontend = r.definition == nil && r.frontend == ""
 	return r, s.parseExporters(req, r)
-}
-
-// disabled recognises an attestation that is asked not to be made.
-func disabled(attrs string) bool {
-	for _, field := range strings.Split(attrs, ",") {
-		if field == "disabled=true" {
-			return true
-		}
-	}
-	return false
 }
 
 func checkCache(c *controlapi.CacheOptions) error {

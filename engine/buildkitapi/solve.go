@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -85,7 +86,9 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		return nil, err
 	}
 	record := s.beginHistory(in, req, started)
-	response, err := s.run(ctx, b, client, session, req)
+	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
+	response, err := s.run(ctx, b, client, session, req, &made)
+	err = req.attests.sbom.explain(err)
 	if err != nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 			err = cause
@@ -97,7 +100,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	s.History.Closing(req.ref)
 	s.builds.end(b)
 	reports := solverBuild.Reports()
-	after = func() { s.finishHistory(record, recorder, req, reports, response, err) }
+	after = func() { s.finishHistory(record, recorder, req, reports, &made, response, err) }
 	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
 	if err != nil {
 		return nil, err
@@ -105,8 +108,17 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	return &controlapi.SolveResponse{ExporterResponse: response}, nil
 }
 
+// outcome is what is known of a build's result besides what the client is told.
+type outcome struct {
+	origin *provenance.Build
+	// result is set when there is one.
+	result *origin
+	// responses are what each export tells the client.
+	responses []map[string]string
+}
+
 // run is one build: frontend, solve, export.
-func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request) (map[string]string, error) {
+func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, made *outcome) (map[string]string, error) {
 	var res *gwclient.Result
 	var err error
 	if req.clientFrontend {
@@ -119,13 +131,31 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if err != nil {
 		return nil, err
 	}
-	result, err := evaluate(ctx, res)
+	result, err := evaluate(ctx, made.origin.Solver, res)
 	if err != nil {
 		return nil, err
 	}
-	response, err := s.exportAll(ctx, b, client, session, req, result)
+	if made.result, err = capture(made.origin, res); err != nil {
+		return nil, err
+	}
+	if err := req.attests.sbom.scan(ctx, client, res); err != nil {
+		return nil, err
+	}
+	read, err := s.readAttestations(ctx, res)
 	if err != nil {
 		return nil, err
+	}
+	if err := req.attests.attach(&result, made.result, read); err != nil {
+		return nil, err
+	}
+	made.responses, err = s.exportAll(ctx, b, client, session, req, result, made.result.named)
+	if err != nil {
+		return nil, err
+	}
+	// Of what several exports tell the client the last one's word counts.
+	response := map[string]string{}
+	for _, exported := range made.responses {
+		maps.Copy(response, exported)
 	}
 	for key, value := range result.Metadata {
 		if strings.HasPrefix(key, "frontend.") {
@@ -136,10 +166,7 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 }
 
 // evaluate solves all references of a frontend's result.
-func evaluate(ctx context.Context, res *gwclient.Result) (exporter.Result, error) {
-	if len(res.Attestations) > 0 {
-		return exporter.Result{}, notSupported("attestations")
-	}
+func evaluate(ctx context.Context, b *solver.Build, res *gwclient.Result) (exporter.Result, error) {
 	refs := res.Refs
 	if refs == nil {
 		refs = map[string]gwclient.Reference{"": res.Ref}
@@ -159,31 +186,41 @@ func evaluate(ctx context.Context, res *gwclient.Result) (exporter.Result, error
 	if err := group.Wait(); err != nil {
 		return exporter.Result{}, err
 	}
-	return exporter.NewResult(res.Metadata, snapshots)
+	result, err := exporter.NewResult(res.Metadata, snapshots)
+	if err != nil {
+		return exporter.Result{}, err
+	}
+	for i := range result.Refs {
+		given, _ := res.FindRef(result.Refs[i].ID)
+		ref, err := gateway.AsReference(given)
+		if err != nil {
+			return exporter.Result{}, err
+		}
+		if ref != nil {
+			result.Refs[i].Chain = b.Chain(ctx, ref.Edge())
+		}
+	}
+	return result, nil
 }
 
-// exportAll runs all exporters at once. Of what they tell the client the last one's word counts.
-func (s *Server) exportAll(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, r exporter.Result) (map[string]string, error) {
+// exportAll runs all exporters at once and returns what each tells the client.
+func (s *Server) exportAll(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, r exporter.Result, layers func(string, exporter.LayerBlobs)) ([]map[string]string, error) {
 	responses := make([]map[string]string, len(req.exporters))
 	group, ctx := errgroup.WithContext(ctx)
 	for i, e := range req.exporters {
 		group.Go(func() (err error) {
-			responses[i], err = s.export(ctx, b, client, clientOutput{session, i, req.outputFiles[i]}, e, r)
+			responses[i], err = s.export(ctx, b, client, clientOutput{session, i, req.outputFiles[i]}, e, r, layers)
 			return err
 		})
 	}
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	response := map[string]string{}
-	for _, exported := range responses {
-		maps.Copy(response, exported)
-	}
-	return response, nil
+	return responses, nil
 }
 
 // export runs the exporter, shown as a vertex of the build.
-func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, output clientOutput, e exporter.Exporter, r exporter.Result) (map[string]string, error) {
+func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, output clientOutput, e exporter.Exporter, r exporter.Result, layers func(string, exporter.LayerBlobs)) (map[string]string, error) {
 	var response map[string]string
 	id := digest.FromString(fmt.Sprintf("export %s %d", b.ref, output.id))
 	err := client.Step(ctx, e.Name(), id, func(env *solver.Env) (err error) {
@@ -191,6 +228,7 @@ func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, o
 			Progress:    env.Progress,
 			Credentials: output.session.Credentials,
 			Output:      output,
+			Layers:      layers,
 		})
 		return err
 	})

@@ -76,7 +76,7 @@ func (as Annotations) at(level string, platform *ocispec.Platform) map[string]st
 
 // check says what cannot be annotated.
 func (as Annotations) check(r exporter.Result, docker bool) error {
-	single := !r.MultiPlatform && len(r.Refs) == 1
+	single := !r.MultiPlatform && len(r.Refs) == 1 && !r.Attested()
 	for _, a := range as {
 		switch {
 		case docker && a.level != levelManifest:

@@ -41,6 +41,12 @@ type Assembler struct {
 	// Docker asks for Docker's media types instead of OCI's.
 	Docker      bool
 	Annotations Annotations
+	// Names are those that the image gets, by which statements name it; NoArtifact makes attestation manifests as images, as they
+	// were before OCI had artifacts.
+	Names      []string
+	NoArtifact bool
+	// Layers are looked into to say which layer a file of an SBOM is in.
+	Layers LayerIndexes
 	// Epoch is the latest time that may appear in the image, if EpochSet; else the frontend says.
 	Epoch    *time.Time
 	EpochSet bool
@@ -58,6 +64,8 @@ type Assembled struct {
 	// Target is the index, or the only manifest.
 	Target    ocispec.Descriptor
 	Manifests []Manifest // in the order of the Result's Refs
+	// Attestations are the manifests of what is said about those of Manifests that anything is said about, in their order.
+	Attestations []Manifest
 	// Created is when the image says that it was made; of several, the latest.
 	Created time.Time
 }
@@ -85,6 +93,9 @@ func (a Assembler) Assemble(ctx context.Context, r exporter.Result, layers [][]L
 	if err := annotations.check(r, a.Docker); err != nil {
 		return Assembled{}, err
 	}
+	if a.Docker && r.Attested() {
+		return Assembled{}, fmt.Errorf("attestations: oci-mediatypes=false has no such manifests")
+	}
 	var out Assembled
 	for i, ref := range r.Refs {
 		m, created, err := a.manifest(ctx, r, ref, layers[i], annotations.at(levelManifest, &ref.Platform), opts)
@@ -96,7 +107,21 @@ func (a Assembler) Assemble(ctx context.Context, r exporter.Result, layers [][]L
 			out.Created = created
 		}
 	}
-	if !r.MultiPlatform && len(out.Manifests) == 1 {
+	for i, ref := range r.Refs {
+		blobs := layerBlobs(ref, layers[i])
+		if opts.Layers != nil {
+			opts.Layers(ref.ID, blobs)
+		}
+		if len(ref.Attestations) == 0 {
+			continue
+		}
+		m, err := a.attest(ctx, ref, out.Manifests[i].Desc, blobs, opts)
+		if err != nil {
+			return Assembled{}, err
+		}
+		out.Attestations = append(out.Attestations, m)
+	}
+	if !r.MultiPlatform && len(out.Manifests) == 1 && len(out.Attestations) == 0 {
 		out.Target = out.Manifests[0].Desc
 		out.Target.Annotations = annotations.at(levelManifestDescriptor, &r.Refs[0].Platform)
 		return out, nil
@@ -113,6 +138,9 @@ func (a Assembler) Assemble(ctx context.Context, r exporter.Result, layers [][]L
 		desc := out.Manifests[i].Desc
 		desc.Platform, desc.Annotations = &p, annotations.at(levelManifestDescriptor, &ref.Platform)
 		index.Manifests = append(index.Manifests, desc)
+	}
+	for _, m := range out.Attestations {
+		index.Manifests = append(index.Manifests, m.Desc)
 	}
 	out.Target, err = a.put(ctx, opts, "exporting manifest list", mediaType, index)
 	out.Target.Annotations = annotations.at(levelIndexDescriptor, nil)

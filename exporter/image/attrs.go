@@ -23,7 +23,9 @@ type attrs struct {
 	push   bool
 	store  bool
 	docker bool // Docker's media types instead of OCI's
-	epoch  *time.Time
+	// artifact says whether attestation manifests are OCI artifacts; nil means that they are.
+	artifact *bool
+	epoch    *time.Time
 	// epochSet says that source-date-epoch was given, perhaps as "", which turns off what the frontend says.
 	epochSet    bool
 	annotations Annotations
@@ -50,6 +52,8 @@ func parseAttrs(given map[string]string) (attrs, error) {
 		case exptypes.OptKeyOCITypes:
 			on, err = ParseBool(value)
 			a.docker = !on
+		case exptypes.OptKeyOCIArtifact:
+			a.artifact, err = ParseArtifact(value)
 		case exptypes.OptKeyUnpack:
 			// Images of our store are always ready to run.
 			_, err = ParseBool(value)
@@ -58,7 +62,7 @@ func parseAttrs(given map[string]string) (attrs, error) {
 			a.epoch, err = ParseEpoch(value)
 		case exptypes.OptKeyLayerCompression:
 			compression = value
-		case exptypes.OptKeyPushByDigest, exptypes.OptKeyInsecure, exptypes.OptKeyNameCanonical, exptypes.OptKeyOCIArtifact,
+		case exptypes.OptKeyPushByDigest, exptypes.OptKeyInsecure, exptypes.OptKeyNameCanonical,
 			exptypes.OptKeyForceCompression, exptypes.OptKeyPreferNondistLayers,
 			exptypes.OptKeyDanglingEmptyOnly:
 			if on, err = ParseBool(value); on {
@@ -80,6 +84,9 @@ func parseAttrs(given map[string]string) (attrs, error) {
 	if compression != "" && (compression != "gzip" || !a.push) {
 		return attrs{}, NotSupported(string(exptypes.OptKeyLayerCompression), compression)
 	}
+	if err := CheckArtifact(a.artifact, a.docker); err != nil {
+		return attrs{}, err
+	}
 	if a.push && len(a.names) == 0 {
 		return attrs{}, fmt.Errorf("push needs a name: give the image one that begins with its registry")
 	}
@@ -92,6 +99,20 @@ func parseAttrs(given map[string]string) (attrs, error) {
 // NotSupported is the error for an attribute that is not honoured.
 func NotSupported(key, value string) error {
 	return fmt.Errorf("attribute not supported yet: %s=%s", key, value)
+}
+
+// ParseArtifact reads the attribute "oci-artifact".
+func ParseArtifact(value string) (*bool, error) {
+	on, err := ParseBool(value)
+	return &on, err
+}
+
+// CheckArtifact refuses artifacts with media types that have none.
+func CheckArtifact(artifact *bool, docker bool) error {
+	if artifact != nil && *artifact && docker {
+		return fmt.Errorf("oci-artifact=true conflicts with oci-mediatypes=false")
+	}
+	return nil
 }
 
 // ParseBool reads a boolean; a key without a value means true.

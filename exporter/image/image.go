@@ -2,7 +2,10 @@
 
 // Package image exports results as images: into the local image store, and on request to registries.
 //
-// Nothing is compressed and no layer is copied for the local store: an image there is a manifest that names the
+// An image that comes with attestations is the exception: they name the digest of its manifest, so that is made as it will be pushed, with
+// compressed layers.
+//
+// Otherwise nothing is compressed and no layer is copied for the local store: an image there is a manifest that names the
 // uncompressed tars of its layers by their diff IDs, a config, and the snapshot that it runs from. A push compresses, in
 // exporter/registry. The same result exported again is the same image, to the byte: what has no time of its own
 // gets the time of its first export.
@@ -27,6 +30,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/exporter/layerblob"
 	"github.com/seed-68981b69/slipway/exporter/registry"
 	"github.com/seed-68981b69/slipway/exporter/reshape"
 )
@@ -37,6 +41,8 @@ type Deps struct {
 	Blobs   *blob.Store
 	Images  *image.Store
 	Records *record.Store
+	// LayerBlobs compresses the layers of images with attestations; nil means that there are none.
+	LayerBlobs *layerblob.Maker
 	// Pusher is for push=true.
 	Pusher *registry.Pusher
 }
@@ -72,7 +78,7 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	if err != nil {
 		return nil, fmt.Errorf("export image: %w", err)
 	}
-	target, err := e.assemble(ctx, r, opts)
+	target, err := e.assemble(ctx, r, names, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -107,16 +113,23 @@ func (e *imageExporter) names(r exporter.Result) ([]string, error) {
 }
 
 // assemble packs the layers, makes the image of them and notes the snapshots that it runs from.
-func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, opts exporter.Options) (ocispec.Descriptor, error) {
+func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names []string, opts exporter.Options) (ocispec.Descriptor, error) {
 	done := opts.Step("exporting layers")
 	layers := make([][]Layer, len(r.Refs))
+	pack := e.pack
+	if r.Attested() {
+		if e.deps.LayerBlobs == nil {
+			return ocispec.Descriptor{}, fmt.Errorf("export image: attestations are not supported here")
+		}
+		pack = e.compress
+	}
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))
 	for i, ref := range r.Refs {
 		layers[i] = make([]Layer, len(ref.Snapshot))
 		for j, id := range ref.Snapshot {
 			group.Go(func() (err error) {
-				layers[i][j], err = e.pack(gctx, id)
+				layers[i][j], err = pack(gctx, id)
 				return err
 			})
 		}
@@ -128,6 +141,7 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, opts ex
 	assembler := Assembler{
 		Blobs: e.deps.Blobs, Records: e.deps.Records,
 		Docker: e.attrs.docker, Annotations: e.attrs.annotations, Epoch: e.attrs.epoch, EpochSet: e.attrs.epochSet,
+		Names: names, NoArtifact: e.attrs.artifact != nil && !*e.attrs.artifact, Layers: e.deps.Layers,
 	}
 	made, err := assembler.Assemble(ctx, r, layers, opts)
 	if err != nil {
@@ -155,6 +169,12 @@ func (e *imageExporter) pack(ctx context.Context, id layer.ID) (Layer, error) {
 	}
 	desc := ocispec.Descriptor{MediaType: compress.MediaType(compress.None, false), Digest: info.DiffID, Size: size}
 	return Layer{desc, info.DiffID}, tar.Close()
+}
+
+// compress returns a layer as the blob that a push sends.
+func (e *imageExporter) compress(ctx context.Context, id layer.ID) (Layer, error) {
+	b, err := e.deps.LayerBlobs.Layer(ctx, id, layerblob.Compression{Kind: compress.Gzip})
+	return Layer{b.Desc, b.DiffID}, err
 }
 
 // store names target in the local image store, and returns the image with what the store knows about it.

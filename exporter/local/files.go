@@ -63,29 +63,33 @@ func NewTree(ctx context.Context, r exporter.Result, view View, o Options) (*Tre
 		if p.epoch != nil {
 			stat.ModTime = p.epoch.UnixNano()
 		}
-		dirs = append(dirs, fsutil.Dir{FS: p, Stat: stat})
+		files, err := attested(ctx, p, ref, o, r.MultiPlatform && !o.split(r))
+		if err != nil {
+			return nil, err
+		}
+		dirs = append(dirs, fsutil.Dir{FS: files, Stat: stat})
 	}
 	if o.split(r) {
 		var err error
 		t.FS, err = fsutil.SubDirFS(dirs)
 		return t, err
 	}
-	if err := t.merge(r); err != nil {
+	if err := t.merge(r, dirs); err != nil {
 		return nil, err
 	}
 	return t, nil
 }
 
 // merge puts all platforms into one directory, which works if no two have the same file.
-func (t *Tree) merge(r exporter.Result) error {
-	t.FS = t.parts[0]
+func (t *Tree) merge(r exporter.Result, dirs []fsutil.Dir) error {
+	t.FS = dirs[0].FS
 	if len(t.parts) == 1 {
 		return nil
 	}
 	owner := map[string]string{}
 	for i, p := range t.parts {
 		if i > 0 {
-			t.FS = staticfs.NewMergeFS(t.FS, p)
+			t.FS = staticfs.NewMergeFS(t.FS, dirs[i].FS)
 		}
 		err := p.walk(p.root, func(e index.Entry) error {
 			name := p.name(e.Path)

@@ -25,6 +25,8 @@ type Options struct {
 	Source string
 	// PlatformSplit gives each platform a directory; nil means only if there may be several.
 	PlatformSplit *bool
+	// AttestationPrefix begins the names of the files with attestations.
+	AttestationPrefix string
 	// Epoch becomes the time of every file, if EpochSet; else the frontend says.
 	Epoch    *time.Time
 	EpochSet bool
@@ -42,6 +44,11 @@ func (o *Options) Set(key, value string) (ok bool, err error) {
 		split, err := image.ParseBool(value)
 		o.PlatformSplit = &split
 		return true, err
+	case "attestation-prefix":
+		if strings.Contains(value, "/") {
+			return true, errors.New("a slash is not supported: the files are beside the result's")
+		}
+		o.AttestationPrefix = value
 	case string(commonexptypes.OptKeySourceDateEpoch):
 		o.EpochSet = true
 		o.Epoch, err = image.ParseEpoch(value)

@@ -23,6 +23,7 @@ type attrs struct {
 	tar         bool
 	docker      bool // Docker's media types instead of OCI's
 	compression layerblob.Compression
+	artifact    *bool // whether attestation manifests are OCI artifacts; nil means that they are
 	annotations image.Annotations
 	epoch       *time.Time
 	epochSet    bool
@@ -39,6 +40,9 @@ func parseAttrs(given map[string]string) (attrs, error) {
 	}
 	if a.docker && a.compression.Kind == compress.Zstd {
 		return attrs{}, fmt.Errorf("compression=zstd conflicts with oci-mediatypes=false")
+	}
+	if err := image.CheckArtifact(a.artifact, a.docker); err != nil {
+		return attrs{}, err
 	}
 	if level := a.compression.Level; level != nil {
 		if lowest, highest, _ := compress.Levels(a.compression.Kind); *level < lowest || *level > highest {
@@ -76,7 +80,9 @@ func (a *attrs) set(key, value string) (err error) {
 	case exptypes.OptKeySourceDateEpoch:
 		a.epochSet = true
 		a.epoch, err = image.ParseEpoch(value)
-	case exptypes.OptKeyOCIArtifact, exptypes.OptKeyPreferNondistLayers, exptypes.OptKeyForceInlineAttestations:
+	case exptypes.OptKeyOCIArtifact:
+		a.artifact, err = image.ParseArtifact(value)
+	case exptypes.OptKeyPreferNondistLayers, exptypes.OptKeyForceInlineAttestations:
 		if on, err = image.ParseBool(value); on {
 			return image.NotSupported(key, value)
 		}

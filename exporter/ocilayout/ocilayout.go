@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -54,7 +55,7 @@ type Deps struct {
 	Layers  *layerblob.Maker
 	Blobs   *blob.Store
 	Records *record.Store
-	// Store is where layers of another shape are made.
+	// Store is where layers of another shape are made, and in whose indexes is looked up in which layer a file of an SBOM is.
 	Store *layer.Store
 }
 
@@ -85,6 +86,7 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 	if e.variant == Docker && (r.MultiPlatform || len(r.Refs) > 1) {
 		return nil, errors.New("export docker image: the format has no images of several platforms: use type=oci, or build for one platform")
 	}
+	r = r.WithoutAttestations(e.drops(r))
 	names, err := image.Names(e.attrs.names, r)
 	if err != nil {
 		return nil, err
@@ -113,6 +115,14 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 		return nil, fmt.Errorf("export %s image: %w", e.variant, err)
 	}
 	return response, nil
+}
+
+// drops says which attestations are left out: those that are only for images, of a single platform at least (BuildKit leaves them in an
+// index that there is anyway); for docker, whose archives have no place for them, all.
+func (e *layoutExporter) drops(r exporter.Result) func(exporter.Attestation) bool {
+	return func(a exporter.Attestation) bool {
+		return e.variant == Docker || a.InlineOnly && !r.MultiPlatform
+	}
 }
 
 // layout is an image that is ready to be sent.
@@ -159,6 +169,7 @@ func (e *layoutExporter) layout(ctx context.Context, r exporter.Result, names []
 	assembled, err := image.Assembler{
 		Blobs: e.deps.Blobs, Records: e.deps.Records,
 		Docker: e.attrs.docker, Annotations: e.attrs.annotations, Epoch: e.attrs.epoch, EpochSet: e.attrs.epochSet,
+		Names: names, NoArtifact: e.attrs.artifact != nil && !*e.attrs.artifact, Layers: e.deps.Store,
 	}.Assemble(ctx, r, layers, opts)
 	if err != nil {
 		return nil, err
@@ -197,10 +208,16 @@ func (l *layout) collect(deps Deps, layers [][]layerblob.Blob) {
 			add(l.Manifests[i].Layers[j], func(ctx context.Context) (io.ReadCloser, error) { return deps.Layers.Open(ctx, b) })
 		}
 	}
-	for _, m := range l.Manifests {
+	for _, m := range l.Attestations {
+		for _, statement := range m.Layers {
+			stored(statement)
+		}
+	}
+	manifests := slices.Concat(l.Manifests, l.Attestations)
+	for _, m := range manifests {
 		stored(m.Config)
 	}
-	for _, m := range l.Manifests {
+	for _, m := range manifests {
 		stored(m.Desc)
 	}
 	stored(l.Target)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 
 	containerd "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -46,7 +47,7 @@ func (l *layout) send(ctx context.Context, opts exporter.Options) error {
 
 // rank is 0 for what names no other blob, 1 for manifests, 2 for the index.
 func (l *layout) rank(desc ocispec.Descriptor) int {
-	for _, m := range l.Manifests {
+	for _, m := range slices.Concat(l.Manifests, l.Attestations) {
 		if m.Desc.Digest == desc.Digest {
 			return 1
 		}

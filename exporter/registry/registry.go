@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	attestationtypes "github.com/moby/buildkit/util/attestation"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -121,6 +122,12 @@ func (s *push) image(ctx context.Context, target ocispec.Descriptor) (ocispec.De
 	}
 	all := len(index.Manifests)
 	index.Manifests = slices.DeleteFunc(index.Manifests, func(d ocispec.Descriptor) bool { return !s.here(d) })
+	// An attestation without what it is about says nothing.
+	present := slices.Clone(index.Manifests)
+	index.Manifests = slices.DeleteFunc(index.Manifests, func(d ocispec.Descriptor) bool {
+		about, ok := attests(d)
+		return ok && !slices.ContainsFunc(present, func(o ocispec.Descriptor) bool { return o.Digest == about })
+	})
 	switch {
 	case len(index.Manifests) == 0:
 		return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: none of the %d platforms of its index are in the local store: pull the image first", s.ref, all)
@@ -155,13 +162,30 @@ func (s *push) image(ctx context.Context, target ocispec.Descriptor) (ocispec.De
 		return ocispec.Descriptor{}, nil, err
 	}
 	for i, d := range index.Manifests {
-		changed = changed || sent[i].Digest != d.Digest
+		if sent[i].Digest == d.Digest {
+			continue
+		}
+		changed = true
+		for _, other := range index.Manifests {
+			if about, ok := attests(other); ok && about == d.Digest {
+				return ocispec.Descriptor{}, nil, fmt.Errorf("push %s: manifest %s would become %s, because blobs of its layers are gone, and its attestation %s is about the former: build the image again",
+					s.ref, d.Digest, sent[i].Digest, other.Digest)
+			}
+		}
 	}
 	if !changed {
 		return target, raw, nil
 	}
 	index.Manifests = sent
 	return s.rewrite(ctx, target, index)
+}
+
+// attests returns the manifest that the attestation manifest d is about; false when d is no such thing.
+func attests(d ocispec.Descriptor) (about digest.Digest, ok bool) {
+	if d.Annotations[attestationtypes.DockerAnnotationReferenceType] != attestationtypes.DockerAnnotationReferenceTypeDefault {
+		return "", false
+	}
+	return digest.Digest(d.Annotations[attestationtypes.DockerAnnotationReferenceDigest]), true
 }
 
 // here says whether a manifest of an index can be sent.

@@ -118,6 +118,9 @@ func (b *Bridge) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.Solve
 	} else {
 		result.Result = &gwpb.Result_Ref{Ref: b.add(res.Ref)}
 	}
+	if result.Attestations, err = b.attestationsToPB(res.Attestations); err != nil {
+		return nil, err
+	}
 	return &gwpb.SolveResponse{Result: result}, nil
 }
 
@@ -147,9 +150,6 @@ func (b *Bridge) Return(_ context.Context, req *gwpb.ReturnRequest) (*gwpb.Retur
 func (b *Bridge) returned(in *gwpb.Result) (*gwclient.Result, error) {
 	if in == nil {
 		return nil, grpcstatus.Error(codes.InvalidArgument, "return without a result")
-	}
-	if len(in.Attestations) > 0 {
-		return nil, errors.New("not supported yet: attestations")
 	}
 	res := gwclient.NewResult()
 	res.Metadata = in.Metadata
@@ -193,6 +193,9 @@ func (b *Bridge) returned(in *gwpb.Result) (*gwclient.Result, error) {
 				return nil, err
 			}
 		}
+	}
+	if err := b.attestationsFromPB(res, in.Attestations); err != nil {
+		return nil, err
 	}
 	return res, nil
 }

@@ -27,7 +27,6 @@ var (
 		pb.CapRemoteCacheGHA:            "cache import and export",
 		pb.CapRemoteCacheS3:             "cache import and export",
 		pb.CapRemoteCacheAzBlob:         "cache import and export",
-		pb.CapAttestations:              "attestations",
 		pb.CapMultipleExporters:         "several exporters",
 		pb.CapSessionExporter:           "session exporters",
 		pb.CapSourcePolicy:              "source policies",
@@ -42,7 +41,6 @@ var (
 		gwpb.CapGatewayExecSecretEnv:                  "containers started by a frontend",
 		gwpb.CapGatewayExecSignals:                    "containers started by a frontend",
 		gwpb.CapGatewayExecFilesystem:                 "containers started by a frontend",
-		gwpb.CapAttestations:                          "attestations",
 		gwpb.CapSourceMetaResolverImageAttestations:   "attestations",
 		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "metadata of HTTP sources",
 	}

@@ -80,6 +80,9 @@ type Client struct {
 	*shared
 	opts   map[string]string
 	inputs map[string]*pb.Definition
+	// request is what the frontend was asked for, nil for the outermost client; asked is what it has asked us for.
+	request *Request
+	asked   *asked
 }
 
 var _ gwclient.Client = (*Client)(nil)
@@ -105,7 +108,7 @@ func (s *shared) client(opts map[string]string, inputs map[string]*pb.Definition
 	if opts == nil {
 		opts = map[string]string{}
 	}
-	return &Client{shared: s, opts: opts, inputs: inputs}
+	return &Client{shared: s, opts: opts, inputs: inputs, asked: &asked{}}
 }
 
 // Solve takes a definition and returns a lazy reference to its result, or runs another frontend.
@@ -161,7 +164,10 @@ func (c *Client) runFrontend(ctx context.Context, req gwclient.SolveRequest) (*g
 	if !ok {
 		return nil, fmt.Errorf("not supported: frontend %q", name)
 	}
-	return build(ctx, c.client(req.FrontendOpt, req.FrontendInputs))
+	sub := c.client(req.FrontendOpt, req.FrontendInputs)
+	sub.request = &Request{Frontend: name, Opts: maps.Clone(req.FrontendOpt), Inputs: req.FrontendInputs}
+	c.asked.addSub(sub)
+	return build(ctx, sub)
 }
 
 // isDockerfileImage recognises the published images of the frontend that is built in: `# syntax=docker/dockerfile:1` and its
@@ -188,7 +194,9 @@ func (c *Client) load(def *pb.Definition) (*Reference, error) {
 	if err != nil {
 		return nil, wrapError(err)
 	}
-	return &Reference{shared: c.shared, definition: def, edge: edge}, nil
+	ref := &Reference{shared: c.shared, definition: def, edge: edge, by: c}
+	c.asked.addRef(ref)
+	return ref, nil
 }
 
 // ResolveImageConfig returns the canonical name, the manifest digest and the config of an image.
@@ -230,9 +238,13 @@ func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string,
 			mode = image.ResolveMode
 		}
 	}
-	return c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
+	meta, err := c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
 		return c.Images(ctx, env, name, platform, mode)
 	})
+	if err == nil {
+		c.asked.addImage(ResolvedImage{Ref: name, Platform: platform, Digest: meta.Image.Digest})
+	}
+	return meta, err
 }
 
 func (c *Client) resolveLayout(ctx context.Context, op *pb.SourceOp, name string, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {

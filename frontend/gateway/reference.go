@@ -12,6 +12,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/moby/buildkit/client/llb"
@@ -33,6 +34,8 @@ type Reference struct {
 	*shared
 	definition *pb.Definition
 	edge       solver.Edge
+	by         *Client
+	evaluated  atomic.Bool
 }
 
 var _ gwclient.Reference = (*Reference)(nil)
@@ -43,6 +46,7 @@ func (r *Reference) Snapshot(ctx context.Context) (snapshot.Snapshot, error) {
 	if err != nil {
 		return nil, wrapError(err)
 	}
+	r.evaluated.Store(true)
 	return s, nil
 }
 

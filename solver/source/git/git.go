@@ -189,7 +189,7 @@ func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	if s.keepGitDir && p.ref != "" {
 		parts = append(parts, record.Part{Name: "ref", Value: p.ref + " " + p.object})
 	}
-	return solver.Pin{Parts: parts}, nil
+	return solver.Pin{Parts: parts, Resolved: p.commit}, nil
 }
 
 func (s *source) resolve(ctx context.Context, env *solver.Env) (pinned, error) {

@@ -193,7 +193,7 @@ func (s *source) InputDigest(context.Context, *solver.Env, int, snapshot.Snapsho
 // Pin finds out what the address has now. With a checksum nobody is asked.
 func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	if s.checksum != "" {
-		return solver.Pin{Parts: []record.Part{
+		return solver.Pin{Resolved: s.checksum.String(), Parts: []record.Part{
 			{Name: "checksum", Value: s.checksum.String()},
 			{Name: "name", Value: s.name(nil)},
 		}}, nil
@@ -212,7 +212,7 @@ func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	if r.LastModified != "" {
 		parts = append(parts, record.Part{Name: "last modified", Value: r.LastModified})
 	}
-	return solver.Pin{Parts: parts}, nil
+	return solver.Pin{Parts: parts, Resolved: r.Digest.String()}, nil
 }
 
 // Run makes a snapshot with the file.

@@ -73,7 +73,10 @@ func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	if err != nil {
 		return solver.Pin{}, err
 	}
-	return solver.Pin{Parts: []record.Part{{Name: "manifest", Value: f.manifest.Digest.String()}}}, nil
+	return solver.Pin{
+		Parts:    []record.Part{{Name: "manifest", Value: f.manifest.Digest.String()}},
+		Resolved: f.target.Digest.String(),
+	}, nil
 }
 
 func (s *source) find(ctx context.Context, env *solver.Env) (*found, error) {
