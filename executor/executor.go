@@ -31,6 +31,8 @@ type Spec struct {
 	User User
 	// Terminal gives the process a pseudo-terminal; IO.Stdout then has both streams.
 	Terminal bool
+	// Joinable allows further processes in the container (Joiner). Such a container takes longer to start.
+	Joinable bool
 
 	Hostname   string
 	ExtraHosts []HostEntry
@@ -159,6 +161,26 @@ type Process interface {
 	Ports() []Port
 	// IP is the container's address, "" without a network of its own.
 	IP() string
+}
+
+// ProcessSpec describes a further process of a container. What it does not name is as for the container's first process:
+// namespaces, mounts, limits of the cgroup, seccomp profile. A process whose user is not root has no capabilities.
+type ProcessSpec struct {
+	Args []string
+	Env  []string
+	// Cwd is an absolute path inside the container; it must exist. "" means "/".
+	Cwd      string
+	User     User
+	Terminal bool
+	Ulimits  []Ulimit
+}
+
+// Joiner is a Process whose container takes further processes: one that was started from a Spec with Joinable.
+type Joiner interface {
+	Process
+	// Join starts a further process. It ends with the container's first one at the latest, and when ctx ends. Errors are
+	// those of Executor.Start; one that wraps os.ErrProcessDone says that the container has ended.
+	Join(ctx context.Context, s ProcessSpec, stdio IO) (Process, error)
 }
 
 // Executor starts containers. Its methods may be called concurrently.

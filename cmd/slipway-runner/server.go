@@ -30,9 +30,10 @@ type server struct {
 	preparer *preparer
 	wg       sync.WaitGroup // one for each container
 
-	mu         sync.Mutex // guards containers, parents and closing
+	mu         sync.Mutex // guards containers, joined, parents and closing
 	containers map[string]*container
-	parents    map[string]struct{} // cgroup directories above our containers, to be removed at the end
+	joined     map[string]*libcontainer.Process // processes that have joined a container, by ID
+	parents    map[string]struct{}              // cgroup directories above our containers, to be removed at the end
 	closing    bool
 }
 
@@ -40,13 +41,14 @@ type server struct {
 type container struct {
 	id string
 
-	mu     sync.Mutex // guards running and killed
+	mu     sync.Mutex // guards lc, killed and that joins begins to wait
 	lc     *libcontainer.Container
-	killed bool // asked for before the process was there
+	killed bool           // asked for before the process was there
+	joins  sync.WaitGroup // processes that have joined
 }
 
 func newServer(conn *net.UnixConn) *server {
-	return &server{conn: conn, preparer: newPreparer(), containers: map[string]*container{}, parents: map[string]struct{}{}}
+	return &server{conn: conn, preparer: newPreparer(), containers: map[string]*container{}, joined: map[string]*libcontainer.Process{}, parents: map[string]struct{}{}}
 }
 
 // serve handles requests until the engine's end closes or ctx ends, then kills and removes everything.
@@ -102,10 +104,22 @@ func (s *server) handle(req wire.Request, files []*os.File) {
 		}()
 		return
 	}
+	if req.Op == wire.OpJoin {
+		s.handleJoin(req, files)
+		return
+	}
 	closeAll(files)
 	s.mu.Lock()
-	c := s.containers[req.ID]
+	c, p := s.containers[req.ID], s.joined[req.ID]
 	s.mu.Unlock()
+	if p != nil {
+		sig := syscall.Signal(req.Signal)
+		if req.Op == wire.OpKill {
+			sig = unix.SIGKILL
+		}
+		_ = p.Signal(sig)
+		return
+	}
 	if c == nil {
 		return // it has ended meanwhile: the event is on its way
 	}
@@ -175,6 +189,7 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	}
 	readUsage(paths, &ev)
 	c.ended()
+	c.joins.Wait()
 	if err := lc.Destroy(); err != nil {
 		ev.Message = fmt.Sprintf("remove container: %v", err)
 	}
@@ -205,23 +220,26 @@ func exitCode(state *os.ProcessState) int {
 }
 
 // classify finds out whether the user's command was at fault. libcontainer's init reports as text, so text is what
-// there is to look at; the words are Go's own (os/exec) and the kernel's.
+// there is to look at; the words are Go's own (os/exec) and the kernel's. A process that joins reports without the first words.
 func classify(err error) (wire.Class, error) {
-	text := err.Error()
+	text := strings.TrimPrefix(err.Error(), "unable to start container process: ")
 	const duringInit = "error during container init: "
+	during := false
 	if _, after, ok := strings.Cut(text, duringInit); ok {
-		text, _, _ = strings.Cut(after, "\n")
-		switch {
-		case strings.HasPrefix(text, "exec: "):
-			if strings.Contains(text, "executable file not found") || strings.Contains(text, "no such file or directory") {
-				return wire.NotFound, errors.New(text)
-			}
-			return wire.NotExecutable, errors.New(text)
-		case strings.HasPrefix(text, "chdir to cwd"):
-			text = strings.Replace(text, "chdir to cwd (", "working directory (", 1)
-			text = strings.Replace(text, " set in config.json failed", "", 1)
-			return wire.NotExecutable, errors.New(text)
+		text, during = after, true
+	}
+	text, _, _ = strings.Cut(text, "\n")
+	switch {
+	case strings.HasPrefix(text, "exec: "):
+		if strings.Contains(text, "executable file not found") || strings.Contains(text, "no such file or directory") {
+			return wire.NotFound, errors.New(text)
 		}
+		return wire.NotExecutable, errors.New(text)
+	case strings.HasPrefix(text, "chdir to cwd"):
+		text = strings.Replace(text, "chdir to cwd (", "working directory (", 1)
+		text = strings.Replace(text, " set in config.json failed", "", 1)
+		return wire.NotExecutable, errors.New(text)
+	case during:
 		return wire.Other, errors.New(text)
 	}
 	return wire.Other, err

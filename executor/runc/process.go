@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -34,6 +35,10 @@ type process struct {
 	io         *stdio
 	released   sync.Once
 
+	// joinable is the container's Spec when further processes may join it.
+	joinable *executor.Spec
+	joins    atomic.Int64 // that were asked for
+
 	done chan struct{} // closed when everything is over; exit and err are set then
 	exit executor.Exit
 	err  error
@@ -43,7 +48,9 @@ type process struct {
 func (p *process) finish(ev wire.Event, ok bool) {
 	p.exit.Ended = time.Now()
 	if !ok {
-		p.sweep()
+		if p.rootfs != "" { // it is a container, not a process that has joined one
+			p.sweep()
+		}
 		p.err = p.run.err
 	} else {
 		p.exit.Code = ev.Code

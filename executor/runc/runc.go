@@ -204,6 +204,9 @@ func (p *process) start(ctx context.Context, s executor.Spec, stdio executor.IO)
 	if s.Hostname == "" {
 		s.Hostname = defaultHostname(s)
 	}
+	if s.Joinable {
+		p.joinable = &s
+	}
 	h := r.host
 	h.Runner = p.run.path
 	if s.Privileged {
@@ -346,7 +349,7 @@ func (p *process) launch(ctx context.Context, spec *specs.Spec, stdio executor.I
 	p.r.mu.Unlock()
 	events, err := p.run.start(wire.Request{
 		Op: wire.OpStart, ID: p.id, StateDir: p.r.containersDir(), Terminal: spec.Process.Terminal,
-		StandardInit: p.r.opts.StandardInit,
+		StandardInit: p.r.opts.StandardInit || p.joinable != nil,
 	}, append([]*os.File{specFile}, p.io.theirs...)...)
 	if err != nil {
 		p.r.wg.Done()

@@ -35,8 +35,11 @@ const (
 	OpStart Op = "start"
 	// OpSignal sends Signal to the first process of the container.
 	OpSignal Op = "signal"
-	// OpKill kills everything in the container.
+	// OpKill kills everything in the container, or one process that has joined it.
 	OpKill Op = "kill"
+	// OpJoin starts a further process, named ID, in Container. Files: the process of a runtime spec as JSON, then as for
+	// OpStart.
+	OpJoin Op = "join"
 )
 
 // Request is one message from the engine to the runner.
@@ -44,7 +47,9 @@ type Request struct {
 	Op       Op     `json:"op"`
 	ID       string `json:"id"`
 	StateDir string `json:"stateDir,omitempty"`
-	Terminal bool   `json:"terminal,omitempty"`
+	// Container is what an OpJoin's process joins.
+	Container string `json:"container,omitempty"`
+	Terminal  bool   `json:"terminal,omitempty"`
 	// StandardInit has the container made by libcontainer's own init.
 	StandardInit bool `json:"standardInit,omitempty"`
 	Signal       int  `json:"signal,omitempty"`
@@ -69,7 +74,9 @@ type Class string
 const (
 	NotFound      Class = "not-found"
 	NotExecutable Class = "not-executable"
-	Other         Class = "other"
+	// Ended is a container that has no place for further processes any more.
+	Ended Class = "ended"
+	Other Class = "other"
 )
 
 // Event is one message from the runner to the engine.
