@@ -206,7 +206,7 @@ func TestExportLocal(t *testing.T) {
 	}
 	for attrs, want := range map[string]string{
 		"src=/none": "src=/none: no such file", "src=/big": "not a directory", "src=": "empty", "mode=move": "want copy or delete",
-		"attestation-prefix=x": "not supported yet: attestation-prefix=x", "platform-split=x": "not true or false",
+		"attestation-prefix=a/": "a slash is not supported", "platform-split=x": "not true or false",
 	} {
 		key, value, _ := strings.Cut(attrs, "=")
 		if key == "mode" {

@@ -10,6 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
 )
 
 // TestGitContext builds from a repository that git's own server side hands out, and follows its branch.
@@ -86,5 +89,28 @@ func TestGitContext(t *testing.T) {
 	commit()
 	if copied(build()) {
 		t.Error("COPY ran for a commit that changes nothing that it reads")
+	}
+
+	// Its provenance has the commit as a material and as what the build is configured by.
+	rec := te.history(&controlapi.BuildHistoryRequest{})[0]
+	var p types.ProvenancePredicateSLSA1
+	for _, d := range rec.Result.Attestations {
+		if d.MediaType == "application/vnd.in-toto+json" {
+			decode(t, te.blob(d), &p)
+		}
+	}
+	head, err := exec.Command("git", "-C", work, "rev-parse", "HEAD").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	commitID, uri := strings.TrimSpace(string(head)), server.URL+"/app.git#main"
+	if cs := p.BuildDefinition.ExternalParameters.ConfigSource; cs.URI != uri || cs.Digest["sha1"] != commitID {
+		t.Errorf("config source %+v, want %s at %s", cs, uri, commitID)
+	}
+	if ms := p.BuildDefinition.ResolvedDependencies; len(ms) != 1 || ms[0].URI != uri || ms[0].Digest["sha1"] != commitID {
+		t.Errorf("materials %+v", ms)
+	}
+	if md := p.RunDetails.Metadata; !md.Hermetic || !md.Completeness.ResolvedDependencies {
+		t.Errorf("metadata %+v", md)
 	}
 }
