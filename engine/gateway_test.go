@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"os"
@@ -312,17 +313,28 @@ func (te *testEngine) mustReadImage(name, file string) string {
 	return string(data)
 }
 
-// frontendImage compiles the test frontend, puts it into an image and pushes it. It returns the image's name.
+// testFrontend compiles the test frontend, once.
+var testFrontend = sync.OnceValue(func() error {
+	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", filepath.Join(binDir, "frontend"), "./testdata/frontend")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("compile the frontend: %w: %s", err, out)
+	}
+	return nil
+})
+
+// frontendImage puts the test frontend it into an image and pushes it. It returns the image's name.
 func (te *testEngine) frontendImage(labels string) string {
 	te.t.Helper()
 	if err := runner(); err != nil {
 		te.t.Skipf("needs slipway-runner: %v", err)
 	}
 	dir := te.t.TempDir()
-	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", filepath.Join(dir, "frontend"), "./testdata/frontend")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		te.t.Fatalf("compile the frontend: %v: %s", err, out)
+	if err := testFrontend(); err != nil {
+		te.t.Fatal(err)
+	}
+	if err := os.Link(filepath.Join(binDir, "frontend"), filepath.Join(dir, "frontend")); err != nil {
+		te.t.Fatal(err)
 	}
 	reg := registrytest.Start(te.t, registrytest.Options{})
 	name := reg.Host + "/frontend:1"
@@ -332,7 +344,7 @@ func (te *testEngine) frontendImage(labels string) string {
 	}
 	// Only pushed: the build that uses it has to pull it.
 	_, err := te.exportDir(dir, bkclient.ExportEntry{Type: "image", Attrs: map[string]string{
-		"name": name, "push": "true", "store": "false", "registry.insecure": "true",
+		"name": name, "push": "true", "store": "false",
 	}})
 	if err != nil {
 		te.t.Fatal(err)
@@ -396,7 +408,7 @@ func TestFrontendImage(t *testing.T) {
 		{"leaves", source(map[string]string{"mode": "leave"}), "has ended without a result"},
 		{"returns an error", source(map[string]string{"mode": "error"}), "the frontend does not like it"},
 		{"failing container", source(map[string]string{"mode": "container", "image": "base", "command": "false"}), "exit code: 1"},
-		{"failing nested build", source(map[string]string{"mode": "nested"}), "no stages"},
+		{"failing nested build", source(map[string]string{"mode": "nested"}), "file with no instructions"},
 		{"lacks a capability", source(map[string]string{"frontend.caps": "no.such.cap"}), "unsupported frontend capability no.such.cap"},
 		{"no source", map[string]string{"frontend": "gateway.v0"}, "no source specified for gateway"},
 		{"no image", map[string]string{"frontend": "gateway.v0", "source": strings.Replace(image, "frontend:", "nosuch:", 1)}, "nosuch"},

@@ -396,6 +396,10 @@ func (c *Client) BuildOpts() gwclient.BuildOpts {
 func (c *Client) Inputs(context.Context) (map[string]llb.State, error) {
 	inputs := make(map[string]llb.State, len(c.inputs))
 	for name, def := range c.inputs {
+		if len(def.GetDef()) == 0 {
+			inputs[name] = llb.Scratch()
+			continue
+		}
 		op, err := llb.NewDefinitionOp(def)
 		if err != nil {
 			return nil, fmt.Errorf("frontend input %q: %w", name, err)

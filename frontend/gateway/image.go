@@ -48,7 +48,7 @@ const (
 	// maxFrontendMessage bounds a gRPC message of a frontend, in bytes.
 	maxFrontendMessage = 16 << 20
 	// exitTimeout is how long a frontend that has returned may take to end.
-	exitTimeout = 10 * time.Second
+	exitTimeout = 3 * time.Second
 )
 
 // runsBuiltin says whether the builtin frontend stands in for the frontend image that a Dockerfile's syntax line names. The
