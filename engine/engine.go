@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -173,7 +174,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	st.AddSource(held{dir: e.path("layers", "uppers"), kind: cache.TypeInternal, description: "files of a running step or container"})
 	st.AddSource(held{dir: e.path("executor"), kind: cache.TypeInternal, description: "programs and containers of the engine", name: "executor"})
 	st.AddSource(held{dir: e.path("contexts-stat"), kind: cache.TypeInternal, description: "what is remembered of context directories", name: "contexts"})
-	newOp := op.New(op.Deps{
+	opDeps := op.Deps{
 		Snapshots: st.Snapshots,
 		Layers:    st.Layers,
 		Executor:  e.executor,
@@ -191,7 +192,8 @@ func (e *Engine) openAPIs(opts Options) error {
 		TempDir: e.path("tmp"),
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
-	})
+	}
+	newOp := op.New(opDeps)
 
 	policies, err := opts.GC.rules(st)
 	if err != nil {
@@ -221,6 +223,8 @@ func (e *Engine) openAPIs(opts Options) error {
 		Layouts: func(ctx context.Context, env *solver.Env, ref, session, store string, p *ocispec.Platform) (digest.Digest, []byte, error) {
 			return layoutResolver.ResolveConfig(ctx, env, ref, layoutsource.Layout{Session: session, Store: store}, p)
 		},
+		Sources:    func(source *pb.SourceOp) (solver.Source, error) { return op.NewSource(opDeps, source) },
+		Containers: op.NewContainers(opDeps),
 		Exporters: exporter.Types{
 			"image": imageexporter.New(imageexporter.Deps{
 				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,

@@ -189,6 +189,10 @@ func (te *testEngine) buildDir(ctx context.Context, r request, dir string) (resu
 	for k, v := range r.attrs {
 		opt.FrontendAttrs[k] = v
 	}
+	if frontend, ok := r.attrs["frontend"]; ok {
+		opt.Frontend = frontend
+		delete(opt.FrontendAttrs, "frontend")
+	}
 	if !r.remote {
 		host, err := buildkitapi.HostID()
 		if err != nil {
@@ -488,10 +492,6 @@ func TestRefusedRequests(t *testing.T) {
 	te.base()
 	if _, err := te.build(t.Context(), r); err == nil || !strings.Contains(err.Error(), "network.host is not allowed") {
 		t.Errorf("host network: %v", err)
-	}
-	r = request{files: map[string]string{"Dockerfile": "# syntax=example.com/frontend\nFROM base\n"}}
-	if _, err := te.build(t.Context(), r); err == nil || !strings.Contains(err.Error(), "not supported yet: frontend image") {
-		t.Errorf("frontend image: %v", err)
 	}
 	r = request{files: map[string]string{"Dockerfile": "# syntax=docker/dockerfile:1\nFROM base\nRUN true\n"}}
 	if _, err := te.build(t.Context(), r); err != nil {

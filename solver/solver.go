@@ -76,6 +76,23 @@ type Source interface {
 	Pin(ctx context.Context, env *Env) (Pin, error)
 }
 
+// PinDescriber is a Source that can tell what it stands for now: Pin for those who want to look at it.
+type PinDescriber interface {
+	Source
+	// DescribePin asks what Pin asks. It may be called without Pin and Run.
+	DescribePin(ctx context.Context, env *Env) (PinDescription, error)
+}
+
+// PinDescription is what a git or HTTP source stands for.
+type PinDescription struct {
+	// Ref is the full name of a git ref ("" for a commit ID), Object what it names and Commit the commit of that.
+	Ref, Object, Commit string
+	// Digest and Filename are those of a file from an HTTP server; LastModified is what the server said, nil when it did not.
+	Digest       digest.Digest
+	Filename     string
+	LastModified *time.Time
+}
+
 // Pin is what a source was resolved to.
 type Pin struct {
 	Parts     []record.Part

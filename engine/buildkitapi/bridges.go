@@ -91,3 +91,27 @@ func (bs *bridges) Warn(ctx context.Context, req *gwpb.WarnRequest) (*gwpb.WarnR
 func (bs *bridges) NewContainer(ctx context.Context, req *gwpb.NewContainerRequest) (*gwpb.NewContainerResponse, error) {
 	return forward(bs, ctx, req, (*gateway.Bridge).NewContainer)
 }
+
+func (bs *bridges) ReleaseContainer(ctx context.Context, req *gwpb.ReleaseContainerRequest) (*gwpb.ReleaseContainerResponse, error) {
+	return forward(bs, ctx, req, (*gateway.Bridge).ReleaseContainer)
+}
+
+func (bs *bridges) ReadFileContainer(ctx context.Context, req *gwpb.ReadFileRequest) (*gwpb.ReadFileResponse, error) {
+	return forward(bs, ctx, req, (*gateway.Bridge).ReadFileContainer)
+}
+
+func (bs *bridges) ReadDirContainer(ctx context.Context, req *gwpb.ReadDirRequest) (*gwpb.ReadDirResponse, error) {
+	return forward(bs, ctx, req, (*gateway.Bridge).ReadDirContainer)
+}
+
+func (bs *bridges) StatFileContainer(ctx context.Context, req *gwpb.StatFileRequest) (*gwpb.StatFileResponse, error) {
+	return forward(bs, ctx, req, (*gateway.Bridge).StatFileContainer)
+}
+
+func (bs *bridges) ExecProcess(stream gwpb.LLBBridge_ExecProcessServer) error {
+	b, err := bs.bridge(stream.Context())
+	if err != nil {
+		return err
+	}
+	return b.ExecProcess(stream)
+}

@@ -10,10 +10,12 @@ import (
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/solver/pb"
+	spb "github.com/moby/buildkit/sourcepolicy/pb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/frontend/gateway"
 )
 
 // request is a checked SolveRequest.
@@ -32,6 +34,9 @@ type request struct {
 	localIDs  map[string]string
 	// outputFiles are the client's files that the engine writes itself, by the number of the output.
 	outputFiles map[int]string
+	// policy is checked for all sources, and the session's client is asked about them; nil and "" when there is none.
+	policy        *spb.Policy
+	policySession string
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
 	clientFrontend bool
 }
@@ -56,6 +61,8 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		inputs:       req.FrontendInputs,
 		entitlements: req.Entitlements,
 		localIDs:     map[string]string{},
+
+		policy: req.SourcePolicy, policySession: req.SourcePolicySession,
 	}
 	if r.opts == nil {
 		r.opts = map[string]string{}
@@ -66,14 +73,17 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	switch {
 	case r.definition != nil && r.frontend != "":
 		return nil, status.Error(codes.InvalidArgument, "a build has a definition or a frontend, not both")
-	case req.SourcePolicy != nil && len(req.SourcePolicy.Rules) > 0, req.SourcePolicySession != "":
-		return nil, notSupported("source policies")
 	case req.ProxyNetwork:
 		return nil, notSupported("proxy network")
 	case req.EnableSessionExporter:
 		return nil, notSupported("session exporters")
 	case req.CompatibilityVersion != 0 && req.CompatibilityVersion != currentCompatibility:
 		return nil, notSupported("compatibility version other than the current one")
+	}
+	if req.SourcePolicy != nil {
+		if err := gateway.CheckPolicy(req.SourcePolicy); err != nil {
+			return nil, status.Error(codes.InvalidArgument, err.Error())
+		}
 	}
 	if err := checkCache(req.Cache); err != nil {
 		return nil, err

@@ -41,6 +41,7 @@ import (
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
+	"github.com/seed-68981b69/slipway/solver/op"
 )
 
 // BuildKitVersion is the release of BuildKit whose API this is; clients decide by it what they may ask for.
@@ -53,10 +54,13 @@ const maxMessage = 16 << 20
 type Options struct {
 	Solver *solver.Solver
 	// View opens a solved snapshot for reading.
-	View      func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error)
-	Images    gateway.ImageResolver
-	Layouts   gateway.LayoutResolver
-	Exporters exporter.Types
+	View    func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error)
+	Images  gateway.ImageResolver
+	Layouts gateway.LayoutResolver
+	// Sources makes sources that are asked what they stand for, and Containers what frontends run.
+	Sources    func(*pb.SourceOp) (solver.Source, error)
+	Containers *op.Containers
+	Exporters  exporter.Types
 	// DiskUsage lists what the store holds.
 	DiskUsage func(ctx context.Context, filter cache.UsageFilter) ([]cache.Usage, error)
 	// Prune deletes what policies say.

@@ -15,11 +15,13 @@ import (
 	"github.com/moby/buildkit/session/filesync"
 	"github.com/moby/buildkit/session/secrets"
 	"github.com/moby/buildkit/session/sshforward"
+	"github.com/moby/buildkit/sourcepolicy/policysession"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/tonistiigi/fsutil"
 	fstypes "github.com/tonistiigi/fsutil/types"
 	"google.golang.org/grpc/codes"
 
+	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
 )
 
@@ -177,4 +179,22 @@ func (s *clientSession) Credentials(ctx context.Context, host string) (string, s
 		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
 	}
 	return response.Username, response.Secret, nil
+}
+
+// verifier asks the client with a session about sources; nil for no session.
+func (s *clientSession) verifier(id string) gateway.PolicyVerifier {
+	if id == "" {
+		return nil
+	}
+	return func(ctx context.Context, req *policysession.CheckPolicyRequest) (*policysession.CheckPolicyResponse, error) {
+		caller, err := s.caller(ctx, id)
+		if err != nil {
+			return nil, fmt.Errorf("source policy: %w", err)
+		}
+		response, err := policysession.NewPolicyVerifierClient(caller.Conn()).CheckPolicy(caller.Context(ctx), req)
+		if err != nil {
+			return nil, fmt.Errorf("source policy: ask the client: %w", err)
+		}
+		return response, nil
+	}
 }

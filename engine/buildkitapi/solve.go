@@ -65,6 +65,10 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		View:         s.View,
 		Images:       s.Images,
 		Layouts:      s.Layouts,
+		Sources:      s.Sources,
+		Containers:   s.Containers,
+		Policy:       req.policy,
+		Verifier:     session.verifier(req.policySession),
 		Session:      session,
 		Pull:         pull,
 		BuildID:      req.ref,
@@ -79,7 +83,12 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		return nil, err
 	}
 	if req.clientFrontend {
-		b.bridge = gateway.NewBridge(client)
+		b.bridge = gateway.NewBridge(ctx, client)
+		defer func() {
+			if err := b.bridge.Close(); err != nil {
+				s.Log.Warn("release containers of a frontend", "ref", req.ref, "error", err)
+			}
+		}()
 	}
 	if err := s.builds.add(b); err != nil {
 		solverBuild.Close()

@@ -5,8 +5,11 @@ package gateway
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 
 	apitypes "github.com/moby/buildkit/api/types"
@@ -27,17 +30,27 @@ import (
 type Bridge struct {
 	gwpb.UnimplementedLLBBridgeServer
 	client *Client
+	// ctx ends with the bridge.
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	making sync.WaitGroup // containers
 
-	mu     sync.Mutex // guards refs and result
-	refs   map[string]*Reference
-	result *gwclient.Result
-	err    error
-	done   chan struct{} // closed with result or err set
+	mu         sync.Mutex // guards what follows; making grows only while it is held and closed is not set
+	closed     bool
+	refs       map[string]*Reference
+	containers map[string]*container // nil while it is made
+	result     *gwclient.Result
+	err        error
+	done       chan struct{} // closed with result or err set
 }
 
-// NewBridge returns a Bridge for c.
-func NewBridge(c *Client) *Bridge {
-	return &Bridge{client: c, refs: map[string]*Reference{}, done: make(chan struct{})}
+// NewBridge returns a Bridge for c, whose containers end with ctx at the latest. Close it.
+func NewBridge(ctx context.Context, c *Client) *Bridge {
+	ctx, cancel := context.WithCancelCause(ctx)
+	return &Bridge{
+		client: c, ctx: ctx, cancel: cancel,
+		refs: map[string]*Reference{}, containers: map[string]*container{}, done: make(chan struct{}),
+	}
 }
 
 // Wait returns what the frontend returned.
@@ -84,14 +97,15 @@ func (b *Bridge) mustGet(id string) (*Reference, error) {
 	return r, err
 }
 
-// Solve implements gwpb.LLBBridgeServer.
+// Solve implements gwpb.LLBBridgeServer. The answer has the form that the frontend's release of BuildKit knows: a map of
+// references, names of references, or one name; with Final it is the frontend's result, too.
 func (b *Bridge) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.SolveResponse, error) {
-	if req.Final {
-		return nil, errors.New("not supported: a frontend that returns its result with Solve (BuildKit before 0.5)")
-	}
 	var imports []gwclient.CacheOptionsEntry
 	for _, e := range req.CacheImports {
 		imports = append(imports, gwclient.CacheOptionsEntry{Type: e.GetType(), Attrs: e.GetAttrs()})
+	}
+	if slices.Contains(req.SourcePolicies, nil) {
+		return nil, grpcstatus.Error(codes.InvalidArgument, "empty source policy")
 	}
 	res, err := b.client.Solve(ctx, gwclient.SolveRequest{
 		Evaluate:       req.Evaluate,
@@ -105,23 +119,52 @@ func (b *Bridge) Solve(ctx context.Context, req *gwpb.SolveRequest) (*gwpb.Solve
 	if err != nil {
 		return nil, err
 	}
-	if !req.AllowResultReturn || !req.AllowResultArrayRef {
-		return nil, errors.New("not supported: a frontend that cannot take a map of references (BuildKit before 0.8)")
+	if len(res.Refs) > 0 && !req.AllowResultReturn {
+		return nil, errors.New("the result has several references, and the frontend takes only one")
 	}
 	result := &gwpb.Result{Metadata: res.Metadata}
-	if res.Refs != nil {
-		refs := make(map[string]*gwpb.Ref, len(res.Refs))
-		for name, ref := range res.Refs {
-			refs[name] = b.add(ref)
-		}
-		result.Result = &gwpb.Result_Refs{Refs: &gwpb.RefMap{Refs: refs}}
-	} else {
-		result.Result = &gwpb.Result_Ref{Ref: b.add(res.Ref)}
-	}
 	if result.Attestations, err = b.attestationsToPB(res.Attestations); err != nil {
 		return nil, err
 	}
-	return &gwpb.SolveResponse{Result: result}, nil
+	response := &gwpb.SolveResponse{Result: result}
+	if res.Refs != nil {
+		refs := make(map[string]*gwpb.Ref, len(res.Refs))
+		ids := make(map[string]string, len(res.Refs))
+		for name, ref := range res.Refs {
+			refs[name] = b.add(ref)
+			ids[name] = refs[name].Id
+		}
+		result.Result = &gwpb.Result_Refs{Refs: &gwpb.RefMap{Refs: refs}}
+		if !req.AllowResultArrayRef {
+			result.Result = &gwpb.Result_RefsDeprecated{RefsDeprecated: &gwpb.RefMapDeprecated{Refs: ids}}
+		}
+		return response, nil
+	}
+	ref := b.add(res.Ref)
+	result.Result = &gwpb.Result_Ref{Ref: ref}
+	if !req.AllowResultArrayRef {
+		result.Result = &gwpb.Result_RefDeprecated{RefDeprecated: ref.Id}
+	}
+	if !req.AllowResultReturn {
+		response.Ref = ref.Id
+	}
+	if req.Final {
+		final := gwclient.NewResult()
+		final.Metadata = map[string][]byte{}
+		if len(req.ExporterAttr) > 0 {
+			if err := json.Unmarshal(req.ExporterAttr, &final.Metadata); err != nil {
+				return nil, grpcstatus.Errorf(codes.InvalidArgument, "ExporterAttr: %v", err)
+			}
+		}
+		maps.Copy(final.Metadata, res.Metadata)
+		if res.Ref != nil {
+			final.SetRef(res.Ref)
+		}
+		if err := b.setResult(final, nil); err != nil {
+			return nil, err
+		}
+	}
+	return response, nil
 }
 
 // Return implements gwpb.LLBBridgeServer.
@@ -135,16 +178,24 @@ func (b *Bridge) Return(_ context.Context, req *gwpb.ReturnRequest) (*gwpb.Retur
 	} else if res, err = b.returned(req.Result); err != nil {
 		return nil, err
 	}
+	if err := b.setResult(res, err); err != nil {
+		return nil, err
+	}
+	return &gwpb.ReturnResponse{}, nil
+}
+
+// setResult is how the frontend ends, once.
+func (b *Bridge) setResult(res *gwclient.Result, err error) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	select {
 	case <-b.done:
-		return nil, errors.New("the frontend has returned already")
+		return errors.New("the frontend has returned already")
 	default:
 	}
 	b.result, b.err = res, err
 	close(b.done)
-	return &gwpb.ReturnResponse{}, nil
+	return nil
 }
 
 func (b *Bridge) returned(in *gwpb.Result) (*gwclient.Result, error) {
@@ -223,26 +274,16 @@ func (b *Bridge) ResolveImageConfig(ctx context.Context, req *gwpb.ResolveImageC
 
 // ResolveSourceMeta implements gwpb.LLBBridgeServer.
 func (b *Bridge) ResolveSourceMeta(ctx context.Context, req *gwpb.ResolveSourceMetaRequest) (*gwpb.ResolveSourceMetaResponse, error) {
-	image := &sourceresolver.ResolveImageOpt{
-		ResolveMode:         req.ResolveMode,
-		Platform:            platformSpec(req.Platform),
-		NoConfig:            req.Image.GetNoConfig(),
-		AttestationChain:    req.Image.GetAttestationChain(),
-		ResolveAttestations: req.Image.GetResolveAttestations(),
+	if req.Source == nil {
+		return nil, grpcstatus.Error(codes.InvalidArgument, "source is required")
 	}
-	md, err := b.client.ResolveSourceMetadata(ctx, req.Source, sourceresolver.Opt{
-		LogName:        req.LogName,
-		SourcePolicies: req.SourcePolicies,
-		ImageOpt:       image,
-	})
+	opt := metaOpt(req)
+	opt.SourcePolicies = req.SourcePolicies
+	md, err := b.client.ResolveSourceMetadata(ctx, req.Source, opt)
 	if err != nil {
 		return nil, err
 	}
-	response := &gwpb.ResolveSourceMetaResponse{Source: md.Op}
-	if md.Image != nil {
-		response.Image = &gwpb.ResolveSourceImageResponse{Digest: md.Image.Digest.String(), Config: md.Image.Config}
-	}
-	return response, nil
+	return metaResponse(md), nil
 }
 
 func platformSpec(p *pb.Platform) *ocispec.Platform {
@@ -329,6 +370,9 @@ func (b *Bridge) Inputs(context.Context, *gwpb.InputsRequest) (*gwpb.InputsRespo
 
 // Warn implements gwpb.LLBBridgeServer.
 func (b *Bridge) Warn(ctx context.Context, req *gwpb.WarnRequest) (*gwpb.WarnResponse, error) {
+	if slices.Contains(req.Ranges, nil) {
+		return nil, grpcstatus.Error(codes.InvalidArgument, "empty source range")
+	}
 	vertex, err := digest.Parse(req.Digest)
 	if err != nil {
 		return nil, fmt.Errorf("warning for vertex %q: %w", req.Digest, err)
@@ -340,9 +384,4 @@ func (b *Bridge) Warn(ctx context.Context, req *gwpb.WarnRequest) (*gwpb.WarnRes
 		return nil, err
 	}
 	return &gwpb.WarnResponse{}, nil
-}
-
-// NewContainer implements gwpb.LLBBridgeServer.
-func (b *Bridge) NewContainer(context.Context, *gwpb.NewContainerRequest) (*gwpb.NewContainerResponse, error) {
-	return nil, grpcstatus.Error(codes.Unimplemented, "not supported yet: containers started by a frontend (NewContainer)")
 }

@@ -29,18 +29,11 @@ var (
 		pb.CapRemoteCacheAzBlob:         "cache import and export",
 		pb.CapMultipleExporters:         "several exporters",
 		pb.CapSessionExporter:           "session exporters",
-		pb.CapSourcePolicy:              "source policies",
-		pb.CapSourcePolicySession:       "source policies",
 		pb.CapGCFreeSpaceFilter:         "prune",
 		pb.CapHistoryFilters:            "build history",
 	}
 	missingGateway = map[apicaps.CapID]string{
 		gwpb.CapImportCaches:                          "cache import",
-		gwpb.CapGatewayExec:                           "containers started by a frontend",
-		gwpb.CapGatewayExecExtraHosts:                 "containers started by a frontend",
-		gwpb.CapGatewayExecSecretEnv:                  "containers started by a frontend",
-		gwpb.CapGatewayExecSignals:                    "containers started by a frontend",
-		gwpb.CapGatewayExecFilesystem:                 "containers started by a frontend",
 		gwpb.CapSourceMetaResolverImageAttestations:   "attestations",
 		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "metadata of HTTP sources",
 	}

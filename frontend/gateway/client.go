@@ -4,7 +4,7 @@
 // (LLBBridge) for frontends that run in the client's process, which is how buildctl and buildx build.
 //
 // A reference is lazy: it is solved when it is evaluated, read or exported. Reading goes through the layer index,
-// so nothing is mounted. Frontends do not run containers here yet: NewContainer is refused.
+// so nothing is mounted. Frontends may run containers (NewContainer), and may be images themselves (`# syntax=`, gateway.v0).
 package gateway
 
 import (
@@ -17,18 +17,19 @@ import (
 	"sync"
 	"time"
 
-	"github.com/distribution/reference"
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
 	"github.com/moby/buildkit/client/llb/sourceresolver"
 	gwclient "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/moby/buildkit/solver/pb"
+	spb "github.com/moby/buildkit/sourcepolicy/pb"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/solver"
+	"github.com/seed-68981b69/slipway/solver/op"
 )
 
 // Product names us to frontends.
@@ -61,6 +62,11 @@ type Options struct {
 	View    func(ctx context.Context, s snapshot.Snapshot) (Files, error)
 	Images  ImageResolver
 	Layouts LayoutResolver
+	// Sources makes the source of an operation, to be asked what it stands for; nil answers for images only.
+	Sources func(*pb.SourceOp) (solver.Source, error)
+	// Policy is checked for every source of the build; may be nil. Verifier is asked after it; may be nil.
+	Policy   *spb.Policy
+	Verifier PolicyVerifier
 	// Session, Pull and BuildID are handed to Images and Layouts.
 	Session solver.Session
 	Pull    bool
@@ -71,6 +77,8 @@ type Options struct {
 	Workers   []gwclient.WorkerInfo
 	// Frontends are what Solve{Frontend} may name.
 	Frontends map[string]gwclient.BuildFunc
+	// Containers runs the containers of frontends, and frontends that are images; nil refuses both.
+	Containers *op.Containers
 	// Entitlements are what the client allows its build to ask for.
 	Entitlements []string
 }
@@ -117,16 +125,13 @@ func (c *Client) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclien
 	if len(req.CacheImports) > 0 {
 		return nil, fmt.Errorf("not supported yet: cache import of type %q", req.CacheImports[0].Type)
 	}
-	if len(req.SourcePolicies) > 0 {
-		return nil, errors.New("not supported yet: source policies")
-	}
 	hasDefinition := req.Definition != nil && len(req.Definition.Def) > 0
 	var res *gwclient.Result
 	switch {
 	case hasDefinition && req.Frontend != "":
 		return nil, errors.New("a solve request has a definition or a frontend, not both")
 	case hasDefinition:
-		ref, err := c.load(req.Definition)
+		ref, err := c.load(ctx, req.Definition, req.SourcePolicies)
 		if err != nil {
 			return nil, err
 		}
@@ -150,15 +155,11 @@ func (c *Client) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclien
 
 func (c *Client) runFrontend(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
 	name := req.Frontend
-	if name == "gateway.v0" {
-		source := req.FrontendOpt["source"]
-		if !isDockerfileImage(source) {
-			return nil, fmt.Errorf("not supported yet: frontend image %q (only docker/dockerfile, which is built in)", source)
+	if name == gatewayName {
+		if !c.runsBuiltin(req) {
+			return c.runImage(ctx, req)
 		}
-		if _, ok := req.FrontendOpt["cmdline"]; !ok {
-			req.FrontendOpt["cmdline"] = source
-		}
-		name = "dockerfile.v0"
+		name = builtinName // which finds "cmdline" set, and does not look at the syntax line again
 	}
 	build, ok := c.Frontends[name]
 	if !ok {
@@ -170,25 +171,17 @@ func (c *Client) runFrontend(ctx context.Context, req gwclient.SolveRequest) (*g
 	return build(ctx, sub)
 }
 
-// isDockerfileImage recognises the published images of the frontend that is built in: `# syntax=docker/dockerfile:1` and its
-// kin. The builtin frontend takes the place of whatever release the tag names; Solve leaves "cmdline" set, which tells
-// it not to look at the syntax line again.
-func isDockerfileImage(ref string) bool {
-	named, err := reference.ParseNormalizedNamed(ref)
-	if err != nil {
-		return false
-	}
-	switch named.Name() {
-	case "docker.io/docker/dockerfile", "docker.io/docker/dockerfile-upstream":
-		return true
-	}
-	return false
-}
-
-// load hands a definition to the solver.
-func (c *Client) load(def *pb.Definition) (*Reference, error) {
+// load hands a definition to the solver, checked and converted by the build's policy and more.
+func (c *Client) load(ctx context.Context, def *pb.Definition, more []*spb.Policy) (*Reference, error) {
 	if err := c.allowed.check(def); err != nil {
 		return nil, err
+	}
+	policies, err := c.policies(more)
+	if err != nil {
+		return nil, err
+	}
+	if def, err = policies.apply(ctx, def); err != nil {
+		return nil, fmt.Errorf("failed to load LLB: %w", err)
 	}
 	edge, err := c.Build.Load(def)
 	if err != nil {
@@ -204,11 +197,32 @@ func (c *Client) ResolveImageConfig(ctx context.Context, ref string, opt sourcer
 	return sourceresolver.NewImageMetaResolver(c).ResolveImageConfig(ctx, ref, opt)
 }
 
-// ResolveSourceMetadata resolves images. Other sources are answered as far as it needs no fetching.
+// ResolveSourceMetadata says what a source stands for now, without its content: the digest and config of an image, the commit
+// of a git source, the digest of a file. Op is the source after the build's policies.
 func (c *Client) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
-	if len(opt.SourcePolicies) > 0 {
-		return nil, errors.New("not supported yet: source policies")
+	if op == nil {
+		return nil, errors.New("no source")
 	}
+	op = op.CloneVT()
+	policies, err := c.policies(opt.SourcePolicies)
+	if err != nil {
+		return nil, err
+	}
+	if policies != nil {
+		checked := &pb.Op{Op: &pb.Op_Source{Source: op}}
+		if image := opt.ImageOpt; image != nil && image.Platform != nil {
+			platform := pb.PlatformFromSpec(*image.Platform)
+			checked.Platform = platform
+		}
+		if err := policies.evaluate(ctx, checked, maxPolicyRounds); err != nil {
+			return nil, fmt.Errorf("could not resolve image due to policy: %w", err)
+		}
+	}
+	return c.resolveSource(ctx, op, opt)
+}
+
+// resolveSource is ResolveSourceMetadata after the policies.
+func (c *Client) resolveSource(ctx context.Context, op *pb.SourceOp, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
 	scheme, name, ok := strings.Cut(op.GetIdentifier(), "://")
 	if !ok {
 		return nil, fmt.Errorf("source %q has no scheme", op.GetIdentifier())
@@ -220,8 +234,54 @@ func (c *Client) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, opt
 		return c.resolveLayout(ctx, op, name, opt)
 	case "local", "docker-image+blob", "oci-layout+blob":
 		return &sourceresolver.MetaResponse{Op: op}, nil
+	case "git", "http", "https":
+		return c.resolvePin(ctx, op, opt)
 	}
 	return nil, fmt.Errorf("not supported yet: metadata of a %s source", scheme)
+}
+
+// resolvePin asks the source itself.
+func (c *Client) resolvePin(ctx context.Context, op *pb.SourceOp, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
+	switch {
+	case c.Sources == nil:
+		return nil, fmt.Errorf("metadata of %s is not available here", op.Identifier)
+	case opt.GitOpt != nil && opt.GitOpt.ReturnObject:
+		return nil, errors.New("not supported yet: objects of a git source (ReturnObject)")
+	case opt.HTTPOpt != nil && opt.HTTPOpt.ChecksumReq != nil:
+		return nil, errors.New("not supported yet: checksum request of an HTTP source (ChecksumRequest)")
+	}
+	source, err := c.Sources(op)
+	if err != nil {
+		return nil, err
+	}
+	describer, ok := source.(solver.PinDescriber)
+	if !ok {
+		return nil, fmt.Errorf("not supported yet: metadata of %s", op.Identifier)
+	}
+	logName := opt.LogName
+	if logName == "" {
+		logName = "resolve metadata for " + op.Identifier
+	}
+	response := &sourceresolver.MetaResponse{Op: op}
+	err = c.Step(ctx, logName, digest.FromString("metadata "+op.Identifier), func(env *solver.Env) error {
+		d, err := describer.DescribePin(ctx, env)
+		switch {
+		case err != nil:
+			return err
+		case strings.HasPrefix(op.Identifier, "git://"):
+			response.Git = &sourceresolver.ResolveGitResponse{Checksum: d.Object, Ref: d.Ref}
+			if d.Commit != d.Object {
+				response.Git.CommitChecksum = d.Commit
+			}
+		default:
+			response.HTTP = &sourceresolver.ResolveHTTPResponse{Digest: d.Digest, Filename: d.Filename, LastModified: d.LastModified}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return response, nil
 }
 
 func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
@@ -336,6 +396,10 @@ func (c *Client) BuildOpts() gwclient.BuildOpts {
 func (c *Client) Inputs(context.Context) (map[string]llb.State, error) {
 	inputs := make(map[string]llb.State, len(c.inputs))
 	for name, def := range c.inputs {
+		if len(def.GetDef()) == 0 {
+			inputs[name] = llb.Scratch()
+			continue
+		}
 		op, err := llb.NewDefinitionOp(def)
 		if err != nil {
 			return nil, fmt.Errorf("frontend input %q: %w", name, err)
@@ -343,11 +407,6 @@ func (c *Client) Inputs(context.Context) (map[string]llb.State, error) {
 		inputs[name] = llb.NewState(op)
 	}
 	return inputs, nil
-}
-
-// NewContainer is refused.
-func (c *Client) NewContainer(context.Context, gwclient.NewContainerRequest) (gwclient.Container, error) {
-	return nil, errors.New("not supported yet: containers started by a frontend (NewContainer)")
 }
 
 // Warn shows a warning at a vertex.

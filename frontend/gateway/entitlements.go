@@ -3,9 +3,15 @@
 package gateway
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/moby/buildkit/solver/pb"
+)
+
+var (
+	errNetworkHost      = errors.New("network.host is not allowed: the build must be started with --allow network.host")
+	errSecurityInsecure = errors.New("security.insecure is not allowed: the build must be started with --allow security.insecure")
 )
 
 // entitlements are the dangerous things that a client has allowed its build.
@@ -42,10 +48,10 @@ func (e entitlements) check(def *pb.Definition) error {
 			continue
 		}
 		if exec.Network == pb.NetMode_HOST && !e.networkHost {
-			return fmt.Errorf("network.host is not allowed: the build must be started with --allow network.host")
+			return errNetworkHost
 		}
 		if exec.Security == pb.SecurityMode_INSECURE && !e.securityInsecure {
-			return fmt.Errorf("security.insecure is not allowed: the build must be started with --allow security.insecure")
+			return errSecurityInsecure
 		}
 	}
 	return nil

@@ -214,20 +214,32 @@ func TestNestedFrontends(t *testing.T) {
 			return gwclient.NewResult(), nil
 		}}
 	})
-	syntax := func(source string) error {
-		_, err := c.Solve(t.Context(), gwclient.SolveRequest{Frontend: "gateway.v0", FrontendOpt: map[string]string{"source": source, "a": "b"}})
+	// From a syntax line the builtin frontend stands in for docker/dockerfile; "cmdline" is what the line says.
+	ask := func(c *Client, source, cmdline string) error {
+		opts := map[string]string{"source": source, "a": "b"}
+		if cmdline != "" {
+			opts["cmdline"] = cmdline
+		}
+		got = nil
+		_, err := c.Solve(t.Context(), gwclient.SolveRequest{Frontend: "gateway.v0", FrontendOpt: opts})
 		return err
 	}
 	for _, source := range []string{"docker/dockerfile:1", "docker.io/docker/dockerfile:1.7-labs", "docker/dockerfile-upstream:master"} {
-		got = nil
-		if err := syntax(source); err != nil || got["cmdline"] == "" || got["a"] != "b" || got["target"] != "" {
+		if err := ask(c, source, source); err != nil || got["cmdline"] == "" || got["a"] != "b" || got["target"] != "" {
 			t.Errorf("%s: %v, options %v", source, err, got)
+		}
+		if err := ask(c, source, ""); err == nil || got != nil {
+			t.Errorf("%s, asked for by gateway.v0: the builtin frontend has run", source)
 		}
 	}
 	for _, source := range []string{"example.com/docker/dockerfile:1", "docker/dockerfile2", "", "tonistiigi/buildkit-nix"} {
-		if err := syntax(source); err == nil || !strings.Contains(err.Error(), "not supported yet") {
-			t.Errorf("%q: %v", source, err)
+		if err := ask(c, source, source); err == nil || got != nil {
+			t.Errorf("%q: the builtin frontend has run", source)
 		}
+	}
+	c.opts["build-arg:BUILDKIT_SYNTAX"] = "docker/dockerfile:1"
+	if err := ask(c, "docker/dockerfile:1", "docker/dockerfile:1"); err == nil || got != nil {
+		t.Error("BUILDKIT_SYNTAX=docker/dockerfile:1: the builtin frontend has run")
 	}
 	if _, err := c.Solve(t.Context(), gwclient.SolveRequest{Frontend: "other.v0"}); err == nil {
 		t.Error("an unknown frontend is accepted")
@@ -251,8 +263,8 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("the empty definition is scratch: %v, %v", res, err)
 	}
 	caps := c.BuildOpts().Caps
-	if caps.Supports(gwpb.CapGatewayExec) == nil {
-		t.Error("NewContainer is announced")
+	if caps.Supports(gwpb.CapImportCaches) == nil {
+		t.Error("cache imports are announced")
 	}
 	if err := caps.Supports(gwpb.CapReadFile); err != nil {
 		t.Errorf("ReadFile is not announced: %v", err)
@@ -297,7 +309,7 @@ func TestResolveImageConfig(t *testing.T) {
 
 // TestBridge plays a frontend in the client: what it gets through the bridge is what it would get here.
 func TestBridge(t *testing.T) {
-	b := NewBridge(testClient(t, &fakeBuild{}, nil))
+	b := NewBridge(t.Context(), testClient(t, &fakeBuild{}, nil))
 	ctx := t.Context()
 	res, err := b.Solve(ctx, &gwpb.SolveRequest{Definition: marshal(t, llb.Local("x")), AllowResultReturn: true, AllowResultArrayRef: true})
 	if err != nil {

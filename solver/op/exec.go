@@ -414,6 +414,8 @@ type step struct {
 	made    []stepOutput
 	undo    []func() error // last first
 	secrets string         // directory of the tmpfs with secrets, "" when there is none
+	// sources are the directories on this host behind the bind and cache mounts, by index of the mount.
+	sources map[int]string
 }
 
 // stepOutput is what becomes an output: a mount to commit, or a snapshot as it is.
@@ -568,6 +570,7 @@ func (s *step) environ(ctx context.Context, home string) ([]string, error) {
 
 // mounts makes the root and everything mounted in it. What it makes is undone by cleanup.
 func (s *step) mounts(ctx context.Context) (root string, out []executor.Mount, err error) {
+	s.sources = map[int]string{}
 	dirs, err := s.cacheDirs(ctx)
 	if err != nil {
 		return "", nil, err
@@ -598,6 +601,9 @@ func (s *step) mounts(ctx context.Context) (root string, out []executor.Mount, e
 		}
 		if !ok {
 			continue
+		}
+		if m.MountType == pb.MountType_BIND || m.MountType == pb.MountType_CACHE {
+			s.sources[i] = em.Source
 		}
 		em.Target = path.Clean(m.Dest)
 		if !path.IsAbs(em.Target) {

@@ -32,3 +32,17 @@ func newSource(d *Deps, v *solver.Vertex, op *pb.SourceOp) (solver.Op, error) {
 	}
 	return newOp(v)
 }
+
+// NewSource returns the source of an operation that is in no graph, to be asked what it stands for.
+func NewSource(deps Deps, source *pb.SourceOp) (solver.Source, error) {
+	op := &pb.Op{Op: &pb.Op_Source{Source: source}}
+	made, err := newSource(&deps, &solver.Vertex{Op: op, Name: source.GetIdentifier()}, source)
+	if err != nil {
+		return nil, err
+	}
+	s, ok := made.(solver.Source)
+	if !ok {
+		return nil, fmt.Errorf("source %s is none", source.GetIdentifier())
+	}
+	return s, nil
+}

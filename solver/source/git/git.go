@@ -192,6 +192,15 @@ func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	return solver.Pin{Parts: parts, Resolved: p.commit}, nil
 }
 
+// DescribePin implements solver.PinDescriber.
+func (s *source) DescribePin(ctx context.Context, env *solver.Env) (solver.PinDescription, error) {
+	p, err := s.resolve(ctx, env)
+	if err != nil {
+		return solver.PinDescription{}, fmt.Errorf("git %s: %w", redact(s.remote), err)
+	}
+	return solver.PinDescription{Ref: p.ref, Object: p.object, Commit: p.commit}, nil
+}
+
 func (s *source) resolve(ctx context.Context, env *solver.Env) (pinned, error) {
 	if gitutil.IsCommitSHA(s.ref) {
 		if !strings.HasPrefix(s.ref, s.checksum) {

@@ -257,6 +257,19 @@ func (s *source) Run(ctx context.Context, env *solver.Env, _ []snapshot.Snapshot
 	return []snapshot.Snapshot{{id}}, nil
 }
 
+// DescribePin implements solver.PinDescriber. The bytes come along, and are not fetched again in this build.
+func (s *source) DescribePin(ctx context.Context, env *solver.Env) (solver.PinDescription, error) {
+	r, err := s.current(ctx, env)
+	if err != nil {
+		return solver.PinDescription{}, err
+	}
+	d := solver.PinDescription{Digest: r.Digest, Filename: r.Filename}
+	if t, err := http.ParseTime(r.LastModified); err == nil {
+		d.LastModified = &t
+	}
+	return d, nil
+}
+
 // forRun gets the bytes: those that were there before when they have the checksum, else from the server. When the
 // pin has gone into a key already, it must still be right.
 func (s *source) forRun(ctx context.Context, env *solver.Env) (*resource, error) {
