@@ -164,6 +164,7 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	pid, _ := p.Pid()
 	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: pid})
 	paths := s.cgroupPaths(lc)
+	memory := watchMemory(paths)
 	c.started(lc)
 
 	state, err := p.Wait()
@@ -174,6 +175,7 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 		ev.Message = err.Error()
 	}
 	readUsage(paths, &ev)
+	ev.PeakMemoryBytes = memory.end(ev.PeakMemoryBytes)
 	c.ended()
 	if err := lc.Destroy(); err != nil {
 		ev.Message = fmt.Sprintf("remove container: %v", err)
