@@ -28,6 +28,9 @@ type request struct {
 	// localDirs and localIDs are where local sources come from, by name.
 	localDirs map[string]string
 	localIDs  map[string]string
+	// verifyCache has every hit made again and compared; jobs bounds the steps of this build, 0 is the engine's default.
+	verifyCache bool
+	jobs        int
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
 	clientFrontend bool
 }
@@ -84,6 +87,9 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	}
 	var err error
 	if r.localDirs, err = takeLocalDirs(r.opts, samePeerUser(ctx)); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	if r.verifyCache, r.jobs, err = takeOptions(r.opts); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	r.clientFrontend = r.definition == nil && r.frontend == ""
