@@ -67,8 +67,11 @@ const (
 type Options struct {
 	// Root is the state directory. One process at a time owns it.
 	Root string
-	// Jobs is how many build steps run at once; 0 means as many as there are processors.
+	// Jobs is how many build steps run at once; 0 means as many as there are processors, or as a build asks for.
 	Jobs int
+	// MaxMemory is how much memory, in bytes, the build steps that run at once may need together, as far as earlier runs
+	// tell; 0 means what MachineMemory says less a fifth.
+	MaxMemory int64
 	// Debug logs what happens inside.
 	Debug bool
 	// Log takes the engine's log; nil means standard error.
@@ -209,9 +212,10 @@ func (e *Engine) openAPIs(opts Options) error {
 	}
 	e.buildkit, err = buildkitapi.New(buildkitapi.Options{
 		Solver: solver.New(solver.Options{
-			Layers: st.Layers, Records: st.Records, Blobs: st.Blobs, Jobs: opts.Jobs, NewOp: newOp,
-			Inputs: builds,
-			Lease:  func(id string) func() { return st.Lease(id).Release },
+			Layers: st.Layers, Records: st.Records, Blobs: st.Blobs, NewOp: newOp,
+			Jobs: opts.Jobs, MaxMemory: opts.maxMemory(),
+			Inputs: builds, Diff: st.Snapshots.Diff,
+			Lease: func(id string) func() { return st.Lease(id).Release },
 		}),
 		View: func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error) {
 			return st.Snapshots.View(ctx, s)
@@ -252,8 +256,9 @@ func (e *Engine) openAPIs(opts Options) error {
 				e.collectSoon()
 			}
 		},
-		Idle: st.Layers.DropHeld, // contexts of builds that have ended
-		Log:  e.log,
+		Sweep: e.sweepSoon,
+		Idle:  st.Layers.DropHeld, // contexts of builds that have ended
+		Log:   e.log,
 	})
 	if err != nil {
 		return err
@@ -359,12 +364,17 @@ func (s sweeping) Delete(ctx context.Context, img dockerapi.Image) error {
 	if err := s.Images.Delete(ctx, img); err != nil {
 		return err
 	}
-	s.engine.sweeps.Go(func() {
-		if _, err := s.engine.store.Sweep(context.WithoutCancel(ctx)); err != nil {
-			s.engine.log.Warn("delete what nothing names any more", "error", err)
+	s.engine.sweepSoon()
+	return nil
+}
+
+// sweepSoon deletes what nothing names any more, in the background.
+func (e *Engine) sweepSoon() {
+	e.sweeps.Go(func() {
+		if _, err := e.store.Sweep(context.Background()); err != nil {
+			e.log.Warn("delete what nothing names any more", "error", err)
 		}
 	})
-	return nil
 }
 
 // workerID is made once for a state directory.

@@ -143,7 +143,8 @@ type Exit struct {
 	Code int
 	// OOMKilled says that the kernel killed something in the container for lack of memory.
 	OOMKilled bool
-	// PeakMemoryBytes and CPUTime come from the container's cgroup; 0 when it does not tell.
+	// PeakMemoryBytes and CPUTime come from the container's cgroup; 0 when it does not tell. Page cache does not count as
+	// memory that was needed.
 	PeakMemoryBytes int64
 	CPUTime         time.Duration
 	Started, Ended  time.Time

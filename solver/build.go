@@ -14,6 +14,7 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
@@ -29,9 +30,15 @@ type Options struct {
 	// Lease keeps what is used from its call on until the function it returns is called; nil when nothing is ever deleted.
 	// Whoever calls the Solver holds a lease for each build; this one is for work that outlives the build that began it.
 	Lease func(id string) (release func())
-	// Jobs is how many steps run at once, all builds together; 0 means as many as there are processors. Sources are
-	// not counted: they wait for others most of the time.
+	// Jobs is how many steps run at once, all builds together; 0 means as many as there are processors, and more while a
+	// build goes on that asks for more. Sources are not counted: they wait for others most of the time.
 	Jobs int
+	// MaxMemory is how much memory, in bytes, the steps that run at once may need together, as far as earlier runs tell. A
+	// step that needs more runs when no other that needs memory does. 0 means that memory is not looked at.
+	MaxMemory int64
+	// Diff compares what the cache has with what a step makes now, for builds that verify; nil is for a Solver of which none
+	// do.
+	Diff func(ctx context.Context, recorded, now snapshot.Snapshot) ([]index.Change, error)
 	// NewOp makes the op of a vertex. It says which ops are supported.
 	NewOp func(*Vertex) (Op, error)
 }
@@ -44,29 +51,36 @@ type Solver struct {
 	logs    Logs
 	inputs  Inputs
 	lease   func(id string) (release func())
-	jobs    int
 	newOp   func(*Vertex) (Op, error)
+	diff    func(ctx context.Context, recorded, now snapshot.Snapshot) ([]index.Change, error)
+	// jobs is the bound, or what a build gets that says nothing when fixedJobs is not set.
+	jobs      int
+	fixedJobs bool
+	maxMemory int64
 
 	// mu guards what follows, and the fields of builds, walks, nodes and runs that say so. It is held only for
 	// moments: never while something is read, written, run or sent.
 	mu      sync.Mutex
 	builds  int // so far
 	runs    map[string]*run
-	queue   []*run // wait for their turn
-	running int    // runs that have a slot
+	wide    []*Build // open ones that asked for more than jobs
+	queue   []*run   // wait for their turn
+	running int      // runs that have a slot
+	memory  int64    // what they need together, in bytes
 }
 
 // New returns a Solver. It has nothing to close; its builds have.
 func New(o Options) *Solver {
-	if o.Jobs <= 0 {
+	fixed := o.Jobs > 0
+	if !fixed {
 		o.Jobs = runtime.GOMAXPROCS(0)
 	}
 	if o.Lease == nil {
 		o.Lease = func(string) func() { return func() {} }
 	}
 	return &Solver{
-		layers: o.Layers, records: o.Records, logs: o.Blobs, inputs: o.Inputs, lease: o.Lease, jobs: o.Jobs, newOp: o.NewOp,
-		runs: make(map[string]*run),
+		layers: o.Layers, records: o.Records, logs: o.Blobs, inputs: o.Inputs, lease: o.Lease, newOp: o.NewOp, diff: o.Diff,
+		jobs: o.Jobs, fixedJobs: fixed, maxMemory: max(0, o.MaxMemory), runs: make(map[string]*run),
 	}
 }
 
@@ -81,9 +95,11 @@ type BuildOptions struct {
 	NoCache bool
 	// NoCacheFilter does the same for the vertices of the Dockerfile stages it names.
 	NoCacheFilter []string
+	// Verify does the work of every hit as well, sources apart, and compares: see Report.Verification. It needs Options.Diff.
+	Verify bool
 	// Pull is handed to ops.
 	Pull bool
-	// Jobs limits the steps of this build that run at once, within Options.Jobs; 0 means no limit of its own.
+	// Jobs limits the steps of this build that run at once, within Options.Jobs if that is set; 0 means no limit of its own.
 	Jobs int
 }
 
@@ -97,6 +113,7 @@ type Build struct {
 	display       *display
 	noCache       bool
 	noCacheFilter []string
+	verify        bool
 	pull          bool
 	jobs          int
 
@@ -142,7 +159,7 @@ func (s *Solver) NewBuild(o BuildOptions) *Build {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	b := &Build{
 		solver: s, id: o.ID, session: o.Session, display: newDisplay(o.Writer),
-		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), pull: o.Pull, jobs: o.Jobs,
+		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), verify: o.Verify, pull: o.Pull, jobs: o.Jobs,
 		ctx: ctx, cancel: cancel,
 		entries: make(map[digest.Digest]*entry), pins: make(map[digest.Digest]result), made: make(map[digest.Digest]made),
 		reports: make(map[digest.Digest]*Report),
@@ -151,6 +168,9 @@ func (s *Solver) NewBuild(o BuildOptions) *Build {
 	defer s.mu.Unlock()
 	s.builds++
 	b.seq = s.builds
+	if b.jobs > s.jobs && !s.fixedJobs {
+		s.wide = append(s.wide, b)
+	}
 	return b
 }
 
@@ -163,6 +183,9 @@ func (b *Build) Close() {
 	b.solver.mu.Unlock()
 	b.cancel(ErrClosed)
 	b.active.Wait()
+	b.solver.mu.Lock()
+	b.solver.wide = slices.DeleteFunc(b.solver.wide, func(w *Build) bool { return w == b })
+	b.solver.mu.Unlock()
 	if !again {
 		b.display.close()
 	}

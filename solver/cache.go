@@ -41,11 +41,17 @@ type Logs interface {
 	Put(ctx context.Context, r io.Reader, want ocispec.Descriptor) error
 }
 
-// durationBucket has how long a step took last time, in nanoseconds, by stepKey.
-const durationBucket = "solver.durations"
+// costBucket has what a step cost last time, by stepKey: two varints, its duration in nanoseconds and its peak memory in bytes.
+const costBucket = "solver.costs"
 
 // defaultDuration is taken for steps that have never run.
 const defaultDuration = time.Second
+
+// cost is what a step took when it ran last.
+type cost struct {
+	duration time.Duration
+	memory   int64 // peak, in bytes; 0 when it is not known
+}
 
 // lookup returns the record of key if everything that it names is still there. Any trouble on the way is a miss: the work
 // is then done again, which is always right.
@@ -88,8 +94,7 @@ func (s *Solver) commit(ctx context.Context, n *node, rec *record.Record, key Co
 	if err := s.records.PutBatch(ctx, items); err != nil {
 		return fmt.Errorf("record the result: %w", err)
 	}
-	// Only the order of later builds depends on it.
-	_ = s.records.PutValue(durationBucket, stepKey(n.entry.parts), binary.AppendVarint(nil, int64(rec.Duration)))
+	s.putCost(n.entry, cost{rec.Duration, rec.PeakMemory})
 	return nil
 }
 
@@ -107,15 +112,33 @@ func (n *node) step() record.Step {
 	return r.Step()
 }
 
-// lastDuration returns how long the work of e took when it ran last.
-func (s *Solver) lastDuration(e *entry) time.Duration {
-	b, ok, err := s.records.GetValue(durationBucket, stepKey(e.parts))
+// lastCost returns what the work of e took when it ran last, false when that is not known.
+func (s *Solver) lastCost(e *entry) (cost, bool) {
+	b, ok, err := s.records.GetValue(costBucket, stepKey(e.parts))
 	if err != nil || !ok {
-		return defaultDuration
+		return cost{}, false
 	}
-	d, n := binary.Varint(b)
-	if n <= 0 || d < 0 {
-		return defaultDuration
+	duration, n := binary.Varint(b)
+	if n <= 0 || duration < 0 {
+		return cost{}, false
 	}
-	return time.Duration(d)
+	memory, m := binary.Varint(b[n:])
+	if m <= 0 || memory < 0 {
+		return cost{}, false
+	}
+	return cost{time.Duration(duration), memory}, true
+}
+
+// putCost notes what the work of e has taken. An error is none: only the order of later builds depends on it.
+func (s *Solver) putCost(e *entry, c cost) {
+	b := binary.AppendVarint(nil, int64(c.duration))
+	_ = s.records.PutValue(costBucket, stepKey(e.parts), binary.AppendVarint(b, c.memory))
+}
+
+// lastDuration returns how long the work of e took when it ran last, defaultDuration when that is not known.
+func (s *Solver) lastDuration(e *entry) time.Duration {
+	if c, ok := s.lastCost(e); ok {
+		return c.duration
+	}
+	return defaultDuration
 }

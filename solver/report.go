@@ -52,6 +52,8 @@ type Report struct {
 	// Record is what was found or written, nil for what is not recorded. FoundBy is the kind of key that it was found by.
 	Record  *record.Record
 	FoundBy string
+	// Verification says what has come of making what was found again; nil when it was not (BuildOptions.Verify).
+	Verification *Verification
 	// Log is the blob with all output of what ran, "" when there was none.
 	Log digest.Digest
 	Err error
@@ -95,7 +97,7 @@ func (n *node) report(outcome Outcome) {
 		Vertex: n.vertex, Outcome: outcome, Source: n.entry.isSource(), ByContent: n.pin.ByContent,
 		Fresh: n.fresh, Unnamed: n.unnamed,
 		Recipe: n.recipe, RecipeParts: n.recipeParts, Content: n.content, ContentParts: n.contentParts,
-		Record: n.record, FoundBy: n.foundBy, Log: n.log, Ended: time.Now(),
+		Record: n.record, FoundBy: n.foundBy, Verification: n.verified, Log: n.log, Ended: time.Now(),
 	}
 	if n.record != nil {
 		r.Log = n.record.Log

@@ -35,10 +35,7 @@ type run struct {
 	phase     state
 	waiters   []*node
 	owner     *Build // whose limit of jobs it counts against: the build that began it
-	needsSlot bool
-	hasSlot   bool
-	priority  time.Duration
-	order     int  // among runs of equal priority: in the order of the definition
+	claim     claim
 	abandoned bool // nobody waited any more: canceled, or about to be
 	result    result
 	err       error
@@ -51,6 +48,8 @@ type result struct {
 	rec *record.Record
 	// cached says that the outputs were found, not made.
 	cached bool
+	// verified is what has come of making a cached result again.
+	verified *Verification
 	// recipe is the recipe key that was written together with rec, if any.
 	recipe RecipeKey
 	// pin is what a source stands for, from the run that pins it. Without outputs it has only been pinned.
@@ -100,8 +99,8 @@ func (s *Solver) begin(n *node, id string, work func(*run) (result, error)) *run
 	ctx, cancel := context.WithCancelCause(context.Background())
 	r := &run{
 		id: id, solver: s, ctx: ctx, cancel: cancel, out: new(output), owner: n.walk.build, phase: n.state,
-		needsSlot: !n.entry.isSource(), order: n.entry.order,
-		done: make(chan struct{}), granted: make(chan struct{}),
+		claim: claim{slot: !n.entry.isSource(), order: n.entry.order},
+		done:  make(chan struct{}), granted: make(chan struct{}),
 	}
 	r.env = &Env{Session: &runSession{r}, Progress: r.out, Pull: r.owner.pull, BuildID: r.owner.id}
 	s.runs[id] = r
@@ -215,10 +214,7 @@ func (r *run) finish(res result, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.runs, r.id)
-	if r.hasSlot {
-		s.running--
-		r.owner.running--
-	}
+	s.giveBack(r)
 	r.result, r.err = res, err
 	for _, n := range r.waiters {
 		switch {
@@ -226,8 +222,8 @@ func (r *run) finish(res result, err error) {
 			n.log = kept
 			n.fail(err, log)
 		case res.outputs != nil:
-			if n.record = res.rec; res.cached {
-				n.foundBy = record.KindContent
+			if n.record, n.verified = res.rec, res.verified; res.cached {
+				n.foundBy = res.rec.Kind
 			}
 			n.finish(res.outputs, res.cached)
 		}
@@ -245,44 +241,6 @@ func (s *Solver) wants(r *run) bool {
 	return len(r.waiters) > 0
 }
 
-// dispatch starts queued runs while there are slots: the one with the longest path to its result first, among equal
-// ones in the order of the definition. It chooses among what is in the queue now: the step that follows the one
-// that has just ended comes a moment too late for its slot, because its content key is only being made. mu is held.
-func (s *Solver) dispatch() {
-	for {
-		best := -1
-		for i, r := range s.queue {
-			if r.wanted() && s.admits(r) && (best < 0 || r.before(s.queue[best])) {
-				best = i
-			}
-		}
-		if best < 0 {
-			return
-		}
-		r := s.queue[best]
-		s.queue = slices.Delete(s.queue, best, best+1)
-		if r.needsSlot {
-			r.hasSlot = true
-			s.running++
-			r.owner.running++
-		}
-		r.advance(running)
-		close(r.granted)
-	}
-}
-
-// admits reports whether there is a slot for r. mu is held.
-func (s *Solver) admits(r *run) bool {
-	return !r.needsSlot || s.running < s.jobs && (r.owner.jobs <= 0 || r.owner.running < r.owner.jobs)
-}
-
-func (r *run) before(other *run) bool {
-	if r.priority != other.priority {
-		return r.priority > other.priority
-	}
-	return r.order < other.order
-}
-
 // execute looks up what n's content key names and makes it on a miss. It is the body of a run; n is the node that began it.
 func (r *run) execute(n *node, inputs []snapshot.Snapshot, key ContentKey, parts []record.Part) (result, error) {
 	s := r.solver
@@ -292,7 +250,7 @@ func (r *run) execute(n *node, inputs []snapshot.Snapshot, key ContentKey, parts
 			return result{outputs: rec.Outputs, rec: rec, cached: true}, nil
 		}
 	}
-	r.priority = n.walk.remaining(n)
+	r.claim.priority, r.claim.memory = n.walk.remaining(n), s.memoryOf(n.entry)
 	if err := r.await(); err != nil {
 		return result{}, err
 	}
@@ -300,6 +258,7 @@ func (r *run) execute(n *node, inputs []snapshot.Snapshot, key ContentKey, parts
 	start := time.Now()
 	outputs, err := n.entry.op.Run(r.ctx, r.env, inputs)
 	if err != nil {
+		s.noteFailure(r, n.entry)
 		return result{}, err
 	}
 	// What ends well after it was told to stop may have lost a part of itself on the way: a shell that carries on

@@ -71,10 +71,12 @@ type node struct {
 	outputs     []snapshot.Snapshot
 	cached      bool
 	err         *VertexError
-	// For the report: what was found or written, by which kind of key it was found, and the log of a failure.
-	record  *record.Record
-	foundBy string
-	log     digest.Digest
+	// For the report: what was found or written, by which kind of key it was found, what has come of making it again, and
+	// the log of a failure.
+	record   *record.Record
+	foundBy  string
+	verified *Verification
+	log      digest.Digest
 }
 
 // plan links the nodes and decides which of them have to run. Solver.mu is held.
@@ -254,13 +256,17 @@ func (w *walk) demand(n *node) {
 // make brings n to a final state, or returns because the walk's context has ended.
 func (w *walk) make(n *node) {
 	s := w.build.solver
+	var found *record.Record
 	if !n.unnamed {
 		if rec, ok := s.lookup(w.ctx, string(n.recipe), n.entry.outputs); ok {
-			s.mu.Lock()
-			n.record, n.foundBy = rec, record.KindRecipe
-			n.finish(rec.Outputs, true)
-			s.mu.Unlock()
-			return
+			if !n.verifies() {
+				s.mu.Lock()
+				n.record, n.foundBy = rec, record.KindRecipe
+				n.finish(rec.Outputs, true)
+				s.mu.Unlock()
+				return
+			}
+			found = rec
 		}
 	}
 
@@ -287,6 +293,9 @@ func (w *walk) make(n *node) {
 	parts := contentParts(n.entry.keyParts(n.pin), n.inputDigests)
 	key := contentKey(parts)
 	n.content, n.contentParts = key, parts
+	if n.verifies() && w.verify(n, inputs, found) {
+		return
+	}
 	id := string(key)
 	if n.fresh {
 		// Neither what another build has begun nor what it began before this one asked is fresh enough.

@@ -67,6 +67,14 @@ type Describer interface {
 	DescribeInput(ctx context.Context, i int, in snapshot.Snapshot, w io.Writer) error
 }
 
+// MemoryUser is an Op whose work may need so much memory that it matters how many of them are at work at once: it runs
+// processes. It tells what it has needed by Env.ReportPeakMemory.
+type MemoryUser interface {
+	Op
+	// MemoryLimit is the most that the work can get, in bytes; 0 when nothing limits it.
+	MemoryLimit() int64
+}
+
 // Source is an Op without inputs whose result is named by its pin: a manifest digest, a commit, a checksum.
 // Pin is called once a build, before any key is made.
 type Source interface {
@@ -191,14 +199,6 @@ type Progress interface {
 	Status(id string, current, total int64, done bool)
 	// Warn shows a warning.
 	Warn(short string)
-}
-
-// UsageProgress is a Progress that also takes what a step has used. An op that knows calls it once, after its work:
-// if u, ok := env.Progress.(UsageProgress); ok { u.Usage(…) }.
-type UsageProgress interface {
-	Progress
-	// Usage reports the peak memory in bytes and the processor time of the step's processes; 0 means not known.
-	Usage(peakMemoryBytes int64, cpu time.Duration)
 }
 
 // Writer takes the events of one build in BuildKit's form.

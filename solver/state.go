@@ -71,7 +71,7 @@ func (n *node) set(to state) {
 			show.cached(below.vertex)
 		}
 		if n.cached {
-			show.cached(n.vertex)
+			show.cached(n.vertex) // one that was verified was at work, and is shown so
 		} else {
 			show.complete(n.vertex, nil)
 		}

@@ -50,8 +50,8 @@ func newProcess(p *specs.Process) (*libcontainer.Process, error) {
 	return lp, nil
 }
 
-// readUsage fills in what the container's cgroup tells at its end: peak memory, CPU time and whether the kernel
-// killed something for lack of memory. A file that is not there leaves its value at zero.
+// readUsage fills in what the container's cgroup tells at its end: peak memory with its page cache, CPU time and whether the
+// kernel killed something for lack of memory. A file that is not there leaves its value at zero.
 func readUsage(paths map[string]string, ev *wire.Event) {
 	if unified, ok := paths[""]; ok && len(paths) == 1 {
 		ev.PeakMemoryBytes = readNumber(filepath.Join(unified, "memory.peak"))

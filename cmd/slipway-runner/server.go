@@ -178,6 +178,7 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	pid, _ := p.Pid()
 	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: pid})
 	paths := s.cgroupPaths(lc)
+	memory := watchMemory(paths)
 	c.started(lc)
 
 	state, err := p.Wait()
@@ -188,6 +189,7 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 		ev.Message = err.Error()
 	}
 	readUsage(paths, &ev)
+	ev.PeakMemoryBytes = memory.end(ev.PeakMemoryBytes)
 	c.ended()
 	c.joins.Wait()
 	if err := lc.Destroy(); err != nil {

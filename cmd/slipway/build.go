@@ -64,6 +64,9 @@ type buildOptions struct {
 	idFile        string
 	metadataFile  string
 	attestOptions
+	verifyCache bool
+	jobs        int
+	maxMemory   memorySize
 }
 
 func newBuildCommand(a *app) *cobra.Command {
@@ -84,6 +87,9 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.noCache, "no-cache", false, "run every step again")
 	f.StringSliceVar(&o.noCacheFilter, "no-cache-filter", nil, "run the steps of these stages again")
 	f.BoolVar(&o.pull, "pull", false, "ask the registry even for base images that are here")
+	f.BoolVar(&o.verifyCache, "verify-cache", false, "run what is found in the cache as well, and say what differs (exit status 3)")
+	f.IntVar(&o.jobs, "jobs", 0, "run so many steps of this build at once (default: the number of processors)")
+	f.Var(&o.maxMemory, "max-memory", "with --standalone: memory for the steps that run at once, like 512m or 2g (default: 80% of the machine's)")
 	f.StringVar(&o.progress, "progress", envOr("BUILDKIT_PROGRESS", "auto"), "auto, plain, tty, quiet or rawjson [$BUILDKIT_PROGRESS]")
 	f.StringArrayVar(&o.secrets, "secret", nil, "give a secret to RUN --mount=type=secret: id=ID[,src=FILE|,env=NAME]")
 	f.StringArrayVar(&o.ssh, "ssh", nil, "give an SSH agent or keys to RUN --mount=type=ssh: default|ID[=SOCKET|KEY[,KEY]]")
@@ -135,6 +141,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err := o.attestOptions.addAttrs(solve.FrontendAttrs); err != nil {
 		return err
 	}
+	if err := o.addOwnAttrs(a, &solve); err != nil {
+		return err
+	}
 	for _, spec := range o.contexts {
 		if err := addNamedContext(&solve, spec); err != nil {
 			return err
@@ -168,6 +177,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err != nil {
 		return err
 	}
+	if err := a.checkOwnAttrs(ctx, client, solve.FrontendAttrs); err != nil {
+		return err
+	}
 	response, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
 	if err != nil {
 		return a.buildError(ctx, err, tail)
@@ -182,7 +194,10 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		}
 		response.ExporterResponse["buildx.build.ref"] = solve.Ref
 	}
-	return a.buildDone(o, response.ExporterResponse, about, out.toStdout)
+	if err := a.buildDone(o, response.ExporterResponse, about, out.toStdout); err != nil || !o.verifyCache {
+		return err
+	}
+	return a.verificationDone(o, response.ExporterResponse)
 }
 
 // localSources are the files of this host that a build is made of, as far as its main context goes.

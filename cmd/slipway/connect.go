@@ -33,6 +33,9 @@ type app struct {
 	host       string
 	standalone bool
 	debug      bool
+	// jobs and maxMemory are for the engine, when this process opens one; 0 is the default.
+	jobs      int
+	maxMemory memorySize
 
 	in  io.Reader
 	out io.Writer
@@ -66,6 +69,9 @@ func (a *app) settle() error {
 		return fmt.Errorf("--root %s: %w", a.root, err)
 	}
 	a.root = root
+	if err := a.settleLimits(); err != nil {
+		return err
+	}
 	if a.host != "" {
 		_, err := socketPath(a.host)
 		return err
@@ -276,7 +282,7 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 }
 
 func (a *app) engineOptions() engine.Options {
-	return engine.Options{Root: a.root, Debug: a.debug}
+	return engine.Options{Root: a.root, Debug: a.debug, Jobs: a.jobs, MaxMemory: int64(a.maxMemory)}
 }
 
 func unixDialer(path string) dialFunc {

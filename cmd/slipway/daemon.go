@@ -36,6 +36,8 @@ func newDaemonCommand(a *app) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&addr, "addr", "", "listen at this unix://PATH (default: where other commands look)")
 	cmd.Flags().DurationVar(&idle, "idle-timeout", 0, "stop after this long without connections, builds and containers (0: never)")
+	cmd.Flags().IntVar(&a.jobs, "jobs", 0, "run so many build steps at once, all builds together [$SLIPWAY_JOBS]\n(default: the number of processors, or what a build asks for)")
+	cmd.Flags().Var(&a.maxMemory, "max-memory", "memory for the build steps that run at once, like 512m or 2g [$SLIPWAY_MAX_MEMORY]\n(default: 80% of the machine's)")
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "stop", Short: "Stop the engine and wait until it has ended", Args: args(0, 0),

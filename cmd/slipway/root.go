@@ -187,8 +187,8 @@ func count(n int, noun string) string {
 	return strconv.Itoa(n) + " " + noun + "s"
 }
 
-// report prints err as one line and returns the exit code: 0, the code of an exitError, 130 or 143 after a signal,
-// 2 for a wrong command line, otherwise 1.
+// report prints err as one line and returns the exit code: 0, the code of an exitError (run's is its container's, build
+// --verify-cache has exitDifferent), 130 or 143 after a signal, 2 for a wrong command line, otherwise 1.
 func (a *app) report(err error) int {
 	if err == nil {
 		return 0

@@ -69,8 +69,6 @@ type Options struct {
 	Policies []cache.Policy
 	// Dir is for directories that clients send; what is in it does not outlive the process.
 	Dir string
-	// Jobs bounds the steps that one build runs at once; 0 is the solver's default.
-	Jobs int
 	// WorkerID and Labels describe this engine to clients.
 	WorkerID string
 	Labels   func() map[string]string
@@ -82,6 +80,8 @@ type Options struct {
 	History *history.Store
 	// Collect is called when something has been deleted from the history: other blobs may not be needed any more. May be nil.
 	Collect func()
+	// Sweep deletes what nothing names any more. May be nil.
+	Sweep func()
 	// Idle is called when the last build has ended; none begins before it returns. May be nil.
 	Idle func()
 	Log  *slog.Logger
@@ -238,7 +238,13 @@ func Platforms() []ocispec.Platform {
 }
 
 func (s *Server) workers() []gwclient.WorkerInfo {
-	return []gwclient.WorkerInfo{{ID: s.WorkerID, Labels: s.Options.Labels(), Platforms: Platforms()}}
+	return []gwclient.WorkerInfo{{ID: s.WorkerID, Labels: s.labels(), Platforms: Platforms()}}
+}
+
+func (s *Server) labels() map[string]string {
+	labels := maps.Clone(s.Options.Labels())
+	labels[OptionsLabel] = ownOptions
+	return labels
 }
 
 // ListWorkers implements the Control API: the engine is one worker.
@@ -248,7 +254,7 @@ func (s *Server) ListWorkers(_ context.Context, req *controlapi.ListWorkersReque
 	}
 	return &controlapi.ListWorkersResponse{Record: []*apitypes.WorkerRecord{{
 		ID:              s.WorkerID,
-		Labels:          s.Options.Labels(),
+		Labels:          s.labels(),
 		Platforms:       pb.PlatformsFromSpec(Platforms()),
 		GCPolicy:        gcPolicies(s.Policies),
 		BuildkitVersion: s.version(),

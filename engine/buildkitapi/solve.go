@@ -4,6 +4,7 @@ package buildkitapi
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -49,6 +50,9 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 			defer ended()
 			after()
 			end()
+			if req.verifyCache && s.Sweep != nil {
+				s.Sweep() // what was made to compare with
+			}
 		})
 	}()
 	started := time.Now()
@@ -58,7 +62,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	recorder := newRecorder(b.events)
 	pull := req.opts["image-resolve-mode"] == "pull"
 	solverBuild := s.Solver.NewBuild(solver.BuildOptions{
-		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Jobs: s.Jobs,
+		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Verify: req.verifyCache, Jobs: req.jobs,
 	})
 	client, err := gateway.New(gateway.Options{
 		Build:        solverBuild,
@@ -113,6 +117,15 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
 	if err != nil {
 		return nil, err
+	}
+	if req.verifyCache {
+		// Not in the record: there it is part of the explanation, from which secrets are kept out.
+		data, err := json.Marshal(cacheVerification(reports))
+		if err != nil {
+			return nil, err
+		}
+		response = maps.Clone(response)
+		response[VerifyCacheAttr] = string(data)
 	}
 	return &controlapi.SolveResponse{ExporterResponse: response}, nil
 }

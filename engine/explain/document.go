@@ -67,6 +67,8 @@ type Step struct {
 	Error string        `json:"error,omitempty"`
 	// Reason says why the step ran.
 	Reason *Reason `json:"reason,omitempty"`
+	// Verification says whether what was found is what the step makes now; nil when nobody asked.
+	Verification *Verification `json:"verification,omitempty"`
 }
 
 // Input is what identifies an input of a step in its keys.
@@ -208,6 +210,9 @@ func newStep(rep *solver.Report, r *redactor) *Step {
 	}
 	if rep.Record != nil {
 		s.made(rep.Record)
+	}
+	if s.Verification = NewVerification(rep.Verification); s.Verification != nil {
+		s.Verification.Error = r.text(s.Verification.Error)
 	}
 	for _, in := range rep.Vertex.Inputs {
 		s.Inputs = append(s.Inputs, Input{Vertex: in.Vertex.Digest.String(), Output: in.Index})

@@ -94,10 +94,10 @@ func fieldsOf(a, b op.Seen) []Field {
 		out = append(out, Field{Name: "content"})
 	}
 	if a.Size != b.Size && a.Type == b.Type {
-		add("size", fmt.Sprint(a.Size), fmt.Sprint(b.Size))
+		out = append(out, sizeField(a.Size, b.Size))
 	}
-	add("mode", fmt.Sprintf("%04o", a.Mode), fmt.Sprintf("%04o", b.Mode))
-	add("owner", fmt.Sprintf("%d:%d", a.UID, a.GID), fmt.Sprintf("%d:%d", b.UID, b.GID))
+	add("mode", octal(a.Mode), octal(b.Mode))
+	add("owner", owner(a.UID, a.GID), owner(b.UID, b.GID))
 	add("link target", a.Target, b.Target)
 	add("device", fmt.Sprintf("%d:%d", a.Major, a.Minor), fmt.Sprintf("%d:%d", b.Major, b.Minor))
 	add("hard link", a.HardLink, b.HardLink)
@@ -123,6 +123,14 @@ func fieldsOf(a, b op.Seen) []Field {
 	return out
 }
 
+func octal(mode uint32) string { return fmt.Sprintf("%04o", mode) }
+
+func owner(uid, gid uint32) string { return fmt.Sprintf("%d:%d", uid, gid) }
+
+func sizeField(before, after int64) Field {
+	return Field{Name: "size", Before: fmt.Sprint(before), After: fmt.Sprint(after)}
+}
+
 func typeName(t index.Type) string {
 	switch t {
 	case index.File:
@@ -135,6 +143,10 @@ func typeName(t index.Type) string {
 		return "character device"
 	case index.BlockDevice:
 		return "block device"
+	case index.Fifo:
+		return "named pipe"
+	case index.Whiteout:
+		return "deletion"
 	}
 	return fmt.Sprint("type ", uint8(t))
 }

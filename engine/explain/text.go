@@ -50,7 +50,7 @@ func (t *text) head() {
 			continue
 		}
 		n[s.Outcome]++
-		if s.Outcome == solver.Found || s.Outcome == solver.Skipped {
+		if (s.Outcome == solver.Found || s.Outcome == solver.Skipped) && s.Verification == nil {
 			saved += s.Took
 		}
 	}
@@ -65,7 +65,7 @@ func (t *text) head() {
 	add(n[solver.Canceled], "canceled")
 	add(n[solver.Found]+n[solver.Skipped], "found in the cache")
 	t.line(0, "build %s, %s ago, took %s: %s", t.d.Build, ago(t.now, t.d.Created), took(t.d.Duration), strings.Join(counts, ", "))
-	if saved > 0 {
+	if saved >= time.Millisecond {
 		t.line(0, "the cache saved %s of work", took(saved))
 	}
 	if t.d.Error != "" {
@@ -84,6 +84,7 @@ func (t *text) step(s *Step) {
 			what += ": what it reads is the same as before"
 		}
 		t.line(1, "%s%s", what, t.origin(s))
+		t.verification(s.Verification)
 	case solver.Skipped:
 		t.line(1, "not needed: what reads it was found%s", t.origin(s))
 	case solver.Canceled:
@@ -101,6 +102,19 @@ func (t *text) step(s *Step) {
 	}
 }
 
+func (t *text) verification(v *Verification) {
+	switch {
+	case v == nil:
+	case v.Same:
+		t.line(1, "made again to verify: the same")
+	case v.Error != "":
+		t.line(1, "made again to verify: cannot be made any more: %s", v.Error)
+	default:
+		t.line(1, "made again to verify: it differs")
+		t.files(2, Difference{Files: v.Files})
+	}
+}
+
 // origin says where a result comes from.
 func (t *text) origin(s *Step) string {
 	if s.Made == nil {
@@ -110,7 +124,11 @@ func (t *text) origin(s *Step) string {
 	if s.By != "" {
 		from = "build " + s.By
 	}
-	return fmt.Sprintf(" (made by %s, %s ago; saved %s)", from, ago(t.now, *s.Made), took(s.Took))
+	what := "saved"
+	if s.Verification != nil {
+		what = "took"
+	}
+	return fmt.Sprintf(" (made by %s, %s ago; %s %s)", from, ago(t.now, *s.Made), what, took(s.Took))
 }
 
 func (t *text) reason(s *Step) {
@@ -199,15 +217,21 @@ func (t *text) files(indent int, d Difference) {
 		t.line(indent, "files%s:", from)
 		indent++
 	}
-	for i, f := range d.Files.List {
-		if i == maxShown {
-			break
-		}
-		t.line(indent, "file %s: %s", f.Path, describe(f))
+	for _, line := range d.Files.Lines() {
+		t.line(indent, "%s", line)
 	}
-	if rest := d.Files.Added + d.Files.Removed + d.Files.Changed - min(len(d.Files.List), maxShown); rest > 0 {
-		t.line(indent, "and %d more: %d added, %d removed, %d changed in all", rest, d.Files.Added, d.Files.Removed, d.Files.Changed)
+}
+
+// Lines says of each file what has changed, and how many there are beside those that are named.
+func (f *Files) Lines() []string {
+	var out []string
+	for _, file := range f.List[:min(len(f.List), maxShown)] {
+		out = append(out, fmt.Sprintf("file %s: %s", file.Path, describe(file)))
 	}
+	if rest := f.Added + f.Removed + f.Changed - len(out); rest > 0 {
+		out = append(out, fmt.Sprintf("and %d more: %d added, %d removed, %d changed in all", rest, f.Added, f.Removed, f.Changed))
+	}
+	return out
 }
 
 func describe(f FileChange) string {

@@ -224,6 +224,9 @@ func checkMount(m *pb.Mount, inputs int) error {
 	return nil
 }
 
+// MemoryLimit implements solver.MemoryUser.
+func (e *execOp) MemoryLimit() int64 { return e.res.GetMemory() }
+
 // Parts names everything that may change what the process does. Not in it: the proxy's address, the addresses of
 // extra hosts and the limits of the cgroup, which say how the build reaches the same result (BuildKit's keys leave
 // them out too).
@@ -690,9 +693,7 @@ func (s *step) run(ctx context.Context, spec executor.Spec) error {
 	if err != nil {
 		return s.canceled(ctx, fmt.Errorf("run container: %w", err))
 	}
-	if u, ok := s.env.Progress.(solver.UsageProgress); ok {
-		u.Usage(exit.PeakMemoryBytes, exit.CPUTime)
-	}
+	s.env.ReportPeakMemory(exit.PeakMemoryBytes)
 	valid := []int32{0}
 	if len(s.op.op.Meta.ValidExitCodes) > 0 {
 		valid = s.op.op.Meta.ValidExitCodes

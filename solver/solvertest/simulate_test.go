@@ -17,6 +17,14 @@ package solvertest
 //   - records: a content hit does not write the recipe; a run does not; layers that are gone are not noticed
 //   - order: one input at a time; one source at a time; only the first input is waited for; inputs are asked for before the
 //     recipe key is looked up; pins are not remembered
+//   - admission: memory is not looked at; what is alone is not admitted when it is too large; memory is not given back; steps
+//     without a record need nothing; the peak of a failed step is forgotten; the limit of a build is not looked at; (with the
+//     tests of admission_test.go) nobody is ever due; memory is not kept for those who are; what is due goes by priority;
+//     steps are overtaken by their own build's; a build cannot ask for more jobs than there are
+//     processors, or can although the engine has a bound
+//   - verifying: the walk ends at a hit by recipe; only those are verified, or none; sources are; the result is what has been made just now; it is
+//     recorded; it is recorded under the recipe key only; the second output is not compared; what cannot be made again fails
+//     the build; the inputs are those of the verification
 //   - progress: nothing is announced first; steps below a hit are not shown as cached; canceled steps stay at work
 //
 // Not seen by any test: the result of another evaluation is not taken at once when a vertex is asked for (the look-ups that
@@ -39,6 +47,7 @@ import (
 	"go.uber.org/goleak"
 	"pgregory.net/rapid"
 
+	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/solver"
 )
 
@@ -61,7 +70,9 @@ func TestMain(m *testing.M) {
 // scenario is everything that is random about one try.
 type scenario struct {
 	jobs      int
-	durations []int // seconds
+	durations []int   // seconds
+	maxMemory int64   // 0: not looked at
+	memory    []int64 // of commands
 	rounds    []round
 }
 
@@ -73,6 +84,9 @@ type round struct {
 	failingSources map[string]bool
 	builds         []buildSpec
 	warm           bool // the build before was the same
+	// verify has all builds verify; drifting picks the recorded work that makes something else meanwhile.
+	verify   bool
+	drifting []bool
 }
 
 type buildSpec struct {
@@ -80,6 +94,8 @@ type buildSpec struct {
 	also    []int // more steps to evaluate in the same build
 	inTurn  bool  // them one after the other, not all at once
 	noCache bool
+	verify  bool
+	jobs    int // its own limit; 0 means none
 	start   int // seconds after the round began
 	cancel  int // half a second less than so many seconds after its start; 0 means never
 }
@@ -139,6 +155,10 @@ func drawScenario(t *rapid.T) scenario {
 	sc := scenario{
 		jobs:      rapid.IntRange(1, 4).Draw(t, "jobs"),
 		durations: rapid.SliceOfN(rapid.IntRange(0, 5), 3, 8).Draw(t, "durations"),
+		maxMemory: rapid.SampledFrom([]int64{0, 0, 8}).Draw(t, "max memory"),
+	}
+	if sc.maxMemory > 0 {
+		sc.memory = rapid.SliceOfN(rapid.Int64Range(0, 9), 3, 8).Draw(t, "memory")
 	}
 	g := drawGraph(t)
 	for range rapid.IntRange(1, 4).Draw(t, "rounds") {
@@ -151,9 +171,19 @@ func drawScenario(t *rapid.T) scenario {
 		for c := range 8 {
 			r.failing[c] = rapid.IntRange(0, 11).Draw(t, "fails") == 11
 		}
+		if r.verify = rapid.IntRange(0, 4).Draw(t, "verify") == 4; r.verify {
+			r.drifting = rapid.SliceOfN(rapid.Bool(), 1, 8).Draw(t, "drifting")
+		}
 		for range rapid.SampledFrom([]int{1, 1, 2, 3}).Draw(t, "builds") {
-			b := buildSpec{graph: mutate(t, g)}
-			b.noCache = rapid.IntRange(0, 9).Draw(t, "no cache") == 9
+			b := buildSpec{graph: mutate(t, g), verify: r.verify}
+			if b.verify { // what runs without its cache has to be steady
+				for i := range b.graph.Steps {
+					b.graph.Steps[i].IgnoreCache = false
+				}
+			} else {
+				b.noCache = rapid.IntRange(0, 9).Draw(t, "no cache") == 9
+			}
+			b.jobs = rapid.SampledFrom([]int{0, 0, 0, 1, 2}).Draw(t, "own jobs")
 			b.start = rapid.IntRange(0, 6).Draw(t, "start")
 			if rapid.IntRange(0, 5).Draw(t, "canceled") == 5 {
 				b.cancel = rapid.IntRange(1, 9).Draw(t, "cancel")
@@ -190,9 +220,11 @@ func (sc scenario) run() error {
 	for _, d := range sc.durations {
 		w.Durations = append(w.Durations, time.Duration(d)*time.Second)
 	}
-	s := solver.New(solver.Options{Layers: w.Layers, Records: w.Records, Jobs: sc.jobs, NewOp: w.NewOp})
+	w.Memory = sc.memory
+	s := solver.New(solver.Options{Layers: w.Layers, Records: w.Records, Jobs: sc.jobs, MaxMemory: sc.maxMemory, Diff: w.Diff, NewOp: w.NewOp})
+	known := map[string]int64{}
 	for i, r := range sc.rounds {
-		if err := sc.round(w, s, r); err != nil {
+		if err := sc.round(w, s, r, known); err != nil {
 			return fmt.Errorf("round %d: %w", i, err)
 		}
 	}
@@ -200,14 +232,15 @@ func (sc scenario) run() error {
 	// Whatever has failed and been canceled, a second try gets it done, and a third one has nothing to do.
 	last := sc.rounds[len(sc.rounds)-1]
 	last.failing, last.failingSources = map[int]bool{}, map[string]bool{}
+	last.verify = false
 	for _, b := range last.builds {
 		retry := last
-		retry.builds = []buildSpec{{graph: b.graph, noCache: b.noCache}}
-		if err := sc.round(w, s, retry); err != nil {
+		retry.builds = []buildSpec{{graph: b.graph, noCache: b.noCache, jobs: b.jobs}}
+		if err := sc.round(w, s, retry, known); err != nil {
 			return fmt.Errorf("retry: %w", err)
 		}
 		retry.warm = true
-		if err := sc.round(w, s, retry); err != nil {
+		if err := sc.round(w, s, retry, known); err != nil {
 			return fmt.Errorf("warm: %w", err)
 		}
 	}
@@ -224,10 +257,12 @@ type outcome struct {
 	active  int // what was still at work when it returned
 }
 
-// round runs the builds of r and checks all there is to check.
-func (sc scenario) round(w *World, s *solver.Solver, r round) error {
+// round runs the builds of r and checks all there is to check. known has how much memory steps have needed so far.
+func (sc scenario) round(w *World, s *solver.Solver, r round, known map[string]int64) error {
 	w.Pins, w.Locals, w.Failing, w.FailingSources = r.pins, r.locals, r.failing, r.failingSources
 	recorded := w.Records.Recorded()
+	records := w.Records.All()
+	w.Drifting = r.drift(recorded)
 	w.Events()
 	w.Pinned()
 	w.Records.Gets()
@@ -249,16 +284,25 @@ func (sc scenario) round(w *World, s *solver.Solver, r round) error {
 	if most > sc.jobs {
 		return fmt.Errorf("%d steps at once, %d allowed", most, sc.jobs)
 	}
+	if err := sc.checkAdmission(r, events, known); err != nil {
+		return err
+	}
 
+	if err := checkKept(records, w.Records.All()); r.verify && err != nil {
+		return err
+	}
 	for i, spec := range r.builds {
 		for _, o := range outcomes[i] {
 			if err := checkOutcome(w, spec, o, recorded); err != nil {
 				return fmt.Errorf("build %d, result of step %d: %w", i, o.graph.Root, err)
 			}
 		}
-		if err := checkScreen(w, spec, outcomes[i], screens[i]); err != nil {
+		if err := checkScreen(w, spec, outcomes[i], screens[i], recorded, records); err != nil {
 			return fmt.Errorf("build %d, progress: %w", i, err)
 		}
+	}
+	if r.verify {
+		return nil // checkScreen has seen what every build says of each step
 	}
 	if err := checkRuns(w, r, events, pins, recorded); err != nil {
 		return err
@@ -280,7 +324,7 @@ func build(w *World, s *solver.Solver, id string, spec buildSpec, screen *Screen
 		timer := time.AfterFunc(time.Duration(spec.cancel)*time.Second-time.Second/2, func() { cancel(errCanceled) })
 		defer timer.Stop()
 	}
-	b := s.NewBuild(solver.BuildOptions{ID: id, Writer: screen, NoCache: spec.noCache})
+	b := s.NewBuild(solver.BuildOptions{ID: id, Writer: screen, NoCache: spec.noCache, Verify: spec.verify, Jobs: spec.jobs})
 	defer b.Close()
 
 	wanted := []Graph{spec.graph}
@@ -503,12 +547,20 @@ func (sc scenario) checkAlone(w *World, r round, spec buildSpec, o outcome, even
 			pins = max(pins, 2*w.PinTime)
 		}
 	}
+	jobs := sc.jobs
+	if spec.jobs > 0 {
+		jobs = min(jobs, spec.jobs)
+	}
 	if !slices.ContainsFunc(run, func(i int) bool { return m.Fresh[i] }) {
-		if most := pins + parallel + serial/time.Duration(sc.jobs); o.took > most {
+		most := pins + parallel + serial/time.Duration(jobs)
+		if sc.maxMemory > 0 {
+			most = pins + serial // as long as anything waits, something works
+		}
+		if o.took > most {
 			return fmt.Errorf("took %v, more than %v", o.took, most)
 		}
 		// A step that does the same as one below it is found when its turn comes: then the path is shorter than it looks.
-		if distinct := distinctKeys(o.graph, m); sc.jobs >= len(run) && (o.took > pins+parallel || distinct && o.took < pins+parallel) {
+		if distinct := distinctKeys(o.graph, m); sc.maxMemory == 0 && jobs >= len(run) && (o.took > pins+parallel || distinct && o.took < pins+parallel) {
 			return fmt.Errorf("took %v, the longest path is %v", o.took, pins+parallel)
 		}
 	}
@@ -536,7 +588,7 @@ func distinctKeys(g Graph, m *Model) bool {
 }
 
 // checkScreen checks what one build has shown.
-func checkScreen(w *World, spec buildSpec, outcomes []outcome, screen *Screen) error {
+func checkScreen(w *World, spec buildSpec, outcomes []outcome, screen *Screen, recorded map[Key]bool, records map[string]*record.Record) error {
 	_, digests := spec.graph.Definition()
 	m := w.Model(spec.graph, spec.noCache)
 	if len(spec.also) == 0 {
@@ -556,7 +608,20 @@ func checkScreen(w *World, spec buildSpec, outcomes []outcome, screen *Screen) e
 	for _, i := range m.Needed {
 		name := fmt.Sprintf("step %d", i)
 		v := screen.Last(digests[i])
-		if r := reports[v.Digest]; v.Cached != (r.Outcome == solver.Found || r.Outcome == solver.Skipped) || !v.Cached && r.Outcome != solver.Ran {
+		verified := spec.verify && spec.graph.Steps[i].Kind == Run && recorded[m.Keys[i]]
+		if verified {
+			if err := checkVerified(w, spec.graph.Steps[i], m.Keys[i], reports[v.Digest], records); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			if v.Cached {
+				return fmt.Errorf("%s is shown as cached", name)
+			}
+		} else if r := reports[v.Digest]; r.Verification != nil {
+			// Another build, or another step of this one, has recorded it meanwhile.
+			if !spec.verify || spec.graph.Steps[i].Kind != Run || v.Cached || r.Outcome != solver.Found || !r.Verification.Same() {
+				return fmt.Errorf("%s has nothing to verify, is reported as %+v and shown as %+v", name, r, v)
+			}
+		} else if v.Cached != (r.Outcome == solver.Found || r.Outcome == solver.Skipped) || !v.Cached && r.Outcome != solver.Ran {
 			return fmt.Errorf("%s is reported as %q and shown as %+v", name, r.Outcome, v)
 		} else if len(r.RecipeParts) == 0 || r.Fresh != (m.Fresh[i] && spec.graph.Steps[i].Kind == Run) && r.Fresh {
 			return fmt.Errorf("%s is reported as %+v", name, r)
@@ -567,6 +632,9 @@ func checkScreen(w *World, spec buildSpec, outcomes []outcome, screen *Screen) e
 			return fmt.Errorf("%s ends as %+v", name, v)
 		}
 		want := fmt.Sprintf("begin %s\nend %[1]s\n", m.Keys[i])
+		if verified && w.Failing[spec.graph.Steps[i].Command] {
+			want, _, _ = strings.Cut(want, "end")
+		}
 		if v.Cached {
 			want = ""
 			if m.Fresh[i] || spec.graph.Steps[i].Kind == Local {

@@ -14,6 +14,7 @@ import (
 	"github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
@@ -26,6 +27,8 @@ type World struct {
 	Locals map[string]Content // what Local sources hold
 	// Durations has how long commands take; command c takes Durations[c % len].
 	Durations []time.Duration
+	// Memory has how many bytes commands need; command c needs Memory[c % len]. What needs none is no solver.MemoryUser.
+	Memory []int64
 	// PinTime is how long pinning and reading a local context take.
 	PinTime time.Duration
 	// StopTime is how long a step works on after it was told to stop.
@@ -33,6 +36,8 @@ type World struct {
 	// Failing commands and sources fail after their time.
 	Failing        map[int]bool
 	FailingSources map[string]bool
+	// Drifting has the work that makes something else now than it has made before.
+	Drifting map[Key]bool
 
 	Layers  *Layers
 	Records *Records
@@ -47,12 +52,15 @@ type World struct {
 
 // Event is the beginning or the end of work.
 type Event struct {
-	Key   Key
-	Kind  Kind
-	Build string // that began it
-	At    time.Time
-	Start bool
-	Err   error // of an end
+	Key  Key
+	Kind Kind
+	Own  string // what the step does, whatever its inputs
+	// Memory is how much it needs, in bytes.
+	Memory int64
+	Build  string // that began it
+	At     time.Time
+	Start  bool
+	Err    error // of an end
 }
 
 // ErrStep is why failing commands and sources fail.
@@ -104,11 +112,35 @@ func (w *World) Content(s snapshot.Snapshot) (Content, bool) {
 	return w.Layers.content(s[0])
 }
 
+// Diff is for solver.Options: A and B are two files.
+func (w *World) Diff(_ context.Context, recorded, now snapshot.Snapshot) ([]index.Change, error) {
+	before, ok := w.Content(recorded)
+	after, ok2 := w.Content(now)
+	if !ok || !ok2 {
+		return nil, fmt.Errorf("%v or %v is not a snapshot of this world", recorded, now)
+	}
+	var out []index.Change
+	if before.A != after.A {
+		out = append(out, index.Change{Path: "A"})
+	}
+	if before.B != after.B {
+		out = append(out, index.Change{Path: "B"})
+	}
+	return out, nil
+}
+
 func (w *World) duration(s Step) time.Duration {
 	if s.Kind != Run {
 		return w.PinTime
 	}
 	return w.Durations[s.Command%len(w.Durations)]
+}
+
+func (w *World) memory(s Step) int64 {
+	if s.Kind != Run || len(w.Memory) == 0 {
+		return 0
+	}
+	return w.Memory[s.Command%len(w.Memory)]
 }
 
 func pinned(v int) Content { return Content{A: v % 4, B: v / 4 % 3} }
@@ -122,8 +154,16 @@ func (w *World) NewOp(v *solver.Vertex) (solver.Op, error) {
 	if s.Kind != Run {
 		return &source{op: o}, nil
 	}
+	if w.memory(s) > 0 {
+		return process{o}, nil
+	}
 	return o, nil
 }
+
+// process is an op that needs memory.
+type process struct{ *op }
+
+func (process) MemoryLimit() int64 { return 0 }
 
 type op struct {
 	world *World
@@ -168,6 +208,10 @@ func (o *op) Run(ctx context.Context, env *solver.Env, inputs []snapshot.Snapsho
 		result = []Content{pinned(o.world.Pins[o.step.Source])}
 	default:
 		result = produce(o.step.Command, o.step.Outputs, sees, contents)
+		if o.world.Drifting[key] {
+			last := &result[len(result)-1]
+			last.B = (last.B + 1) % 3
+		}
 	}
 	outputs := make([]snapshot.Snapshot, len(result))
 	for i, c := range result {
@@ -178,7 +222,8 @@ func (o *op) Run(ctx context.Context, env *solver.Env, inputs []snapshot.Snapsho
 
 // work takes its time and fails when it has to.
 func (w *World) work(ctx context.Context, env *solver.Env, s Step, key Key) error {
-	w.event(Event{Key: key, Kind: s.Kind, Build: env.BuildID, Start: true})
+	e := Event{Key: key, Kind: s.Kind, Own: fmt.Sprint(s.parts()), Memory: w.memory(s), Build: env.BuildID, Start: true}
+	w.event(e)
 	var err error
 	select {
 	case <-time.After(w.duration(s)):
@@ -189,7 +234,9 @@ func (w *World) work(ctx context.Context, env *solver.Env, s Step, key Key) erro
 		time.Sleep(w.StopTime)
 		err = context.Cause(ctx)
 	}
-	w.event(Event{Key: key, Kind: s.Kind, Build: env.BuildID, Err: err})
+	env.ReportPeakMemory(e.Memory)
+	e.Start, e.Err = false, err
+	w.event(e)
 	return err
 }
 

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+
+	"github.com/docker/go-units"
+)
+
+// memorySize is a flag: a number of bytes, written like 512m or 2g.
+type memorySize int64
+
+// Set implements pflag.Value.
+func (m *memorySize) Set(text string) error {
+	n, err := units.RAMInBytes(text)
+	if err != nil || n <= 0 {
+		return fmt.Errorf("want a size like 512m or 2g")
+	}
+	*m = memorySize(n)
+	return nil
+}
+
+// String implements pflag.Value.
+func (m *memorySize) String() string {
+	if *m == 0 {
+		return ""
+	}
+	return units.BytesSize(float64(*m))
+}
+
+// Type implements pflag.Value.
+func (m *memorySize) Type() string { return "size" }
+
+// settleLimits takes what the command line does not say about jobs and memory from the environment, and checks it.
+func (a *app) settleLimits() error {
+	if text := os.Getenv("SLIPWAY_JOBS"); text != "" && a.jobs == 0 {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 {
+			return fmt.Errorf("SLIPWAY_JOBS=%s: want a number from 1", text)
+		}
+		a.jobs = n
+	}
+	if a.jobs < 0 {
+		return fmt.Errorf("--jobs %d: want a number from 1", a.jobs)
+	}
+	if text := os.Getenv("SLIPWAY_MAX_MEMORY"); text != "" && a.maxMemory == 0 {
+		if err := a.maxMemory.Set(text); err != nil {
+			return fmt.Errorf("SLIPWAY_MAX_MEMORY=%s: %w", text, err)
+		}
+	}
+	return nil
+}
