@@ -112,6 +112,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 	if err := s.finishTar(tmp, m, x); err != nil {
 		return "", err
 	}
+	s.add(m.Size)
 	return m.ID, s.install(tmp, m, x, true)
 }
 
