@@ -67,6 +67,26 @@ func (l *Lease) Release() {
 	if !s.sweepDue || s.closed || s.uses.leases() > 0 {
 		return
 	}
+	s.sweep()
+}
+
+// SweepSoon sweeps, in the background, what was made and could not be recorded: at once, or, while anybody holds a lease, at
+// the release of the last one.
+func (s *Store) SweepSoon() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	if s.uses.leases() > 0 {
+		s.sweepDue = true
+		return
+	}
+	s.sweep()
+}
+
+// sweep sweeps in the background. mu is held.
+func (s *Store) sweep() {
 	s.sweepDue = false
 	s.sweeps.Go(func() {
 		if _, err := s.Sweep(context.Background()); err != nil {

@@ -30,7 +30,7 @@ type Policy struct {
 type Disk struct{ Total, Free int64 }
 
 // OnGrow sets the function that is called with the size in bytes of every layer and blob that is about to become
-// visible. It must not block.
+// visible. It may take its time, to collect garbage for instance.
 func (s *Store) OnGrow(fn func(bytes int64)) { s.onGrow.Store(&fn) }
 
 // Disk returns the size of the store's file system, and what is free for us.

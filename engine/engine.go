@@ -25,6 +25,7 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/layer"
+	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
@@ -212,7 +213,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	}
 	e.buildkit, err = buildkitapi.New(buildkitapi.Options{
 		Solver: solver.New(solver.Options{
-			Layers: st.Layers, Records: st.Records, Blobs: st.Blobs, NewOp: newOp,
+			Layers: st.Layers, Records: sweepingRecords{st.Records, st.SweepSoon}, Blobs: st.Blobs, NewOp: newOp,
 			Jobs: opts.Jobs, MaxMemory: opts.maxMemory(),
 			Inputs: builds, Diff: st.Snapshots.Diff,
 			Lease: func(id string) func() { return st.Lease(id).Release },
@@ -250,6 +251,9 @@ func (e *Engine) openAPIs(opts Options) error {
 		Version:   Version,
 		Begin: func(ref string) func() {
 			lease := st.Lease("build " + ref)
+			if e.gc != nil {
+				e.gc.begin()
+			}
 			return func() {
 				lease.Release()
 				e.syncer.request()
@@ -279,7 +283,9 @@ func (e *Engine) openAPIs(opts Options) error {
 		return err
 	}
 	if !opts.GC.Off {
-		e.gc = newCollector(policies, opts.GC.Delay, st, func() bool { return e.buildkit.Active() > 0 }, e.log)
+		gc := opts.GC
+		gc.Policies = policies
+		e.gc = newCollector(gc, st, func() bool { return e.buildkit.Active() > 0 }, e.log)
 		st.OnGrow(e.gc.add)
 		e.gc.request()
 	}
@@ -375,6 +381,21 @@ func (e *Engine) sweepSoon() {
 			e.log.Warn("delete what nothing names any more", "error", err)
 		}
 	})
+}
+
+// sweepingRecords sweeps when records cannot be written, on a full disk for instance: the layers that they would have named take
+// room for nothing.
+type sweepingRecords struct {
+	solver.Records
+	sweepSoon func()
+}
+
+func (r sweepingRecords) PutBatch(ctx context.Context, items []record.Item) error {
+	err := r.Records.PutBatch(ctx, items)
+	if err != nil {
+		r.sweepSoon()
+	}
+	return err
 }
 
 // workerID is made once for a state directory.

@@ -5,12 +5,16 @@ package engine
 import (
 	"cmp"
 	"context"
+	"errors"
 	"log/slog"
+	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/seed-68981b69/slipway/cache"
+	"github.com/seed-68981b69/slipway/cache/layer"
 )
 
 // GC says how the engine collects garbage by itself.
@@ -21,13 +25,26 @@ type GC struct {
 	Policies []cache.Policy
 	// Delay is how long the engine is idle after a build before it collects; 0 means DefaultGCDelay.
 	Delay time.Duration
+	// PackDelay is how long it is idle before it packs the trees that steps have left; 0 means DefaultPackDelay.
+	PackDelay time.Duration
 }
 
 // DefaultGCDelay is long enough not to be in the way of somebody who builds again and again.
 const DefaultGCDelay = time.Second
 
+// DefaultPackDelay is how long it takes until nobody is likely to come back to what they were building.
+const DefaultPackDelay = time.Minute
+
 const (
-	// gcPause is how many times as long as the last collection took nothing is collected after it.
+	// gcWait is how long a build waits at most for a collection that makes room for what it writes.
+	gcWait = time.Minute
+	// gcMargin is the part of the limit that such a collection frees beside what is asked for, so that the next write does
+	// not need another one.
+	gcMargin = 20
+	// gcUnknown is how much may be written before anybody knows how large the cache is.
+	gcUnknown = 64 << 20
+
+	// gcPause is how many times as long as the last collection took nothing is collected after one that was of no use.
 	gcPause = 20
 	// gcInterval is how old the last collection must be for an engine that ends to make one first. It is for engines
 	// that live as long as one command.
@@ -35,23 +52,34 @@ const (
 )
 
 // collector collects garbage when the engine has been idle for a moment, and while builds run when what they write
-// would exceed a limit. One goroutine does all of it.
+// would exceed a limit: the write waits for it then. When the engine has been idle for longer, it packs trees. One goroutine does
+// all of it.
 type collector struct {
 	collect  func(context.Context, []cache.Policy) (cache.Pruned, error)
+	pack     func(context.Context) error
 	free     func() (cache.Disk, error)
 	busy     func() bool
 	policies []cache.Policy
 	delay    time.Duration
 	log      *slog.Logger
 
+	packDelay time.Duration
+
 	// limit and minFree are what builds may go up and down to before the engine is idle; 0 is none.
 	limit, minFree int64
 	// left is what the cache took after the last collection, -1 before the first; grown is what was added since.
 	left, grown atomic.Int64
-	// rest is the time, in nanoseconds, before which a full disk alone is no reason for another collection.
+	// coming is the part of grown whose writers wait: it is not in the store yet.
+	coming atomic.Int64
+	// rest is the time, in nanoseconds, before which no write asks for another collection: the last one was of no use.
 	rest atomic.Int64
 
+	mu       sync.Mutex    // guards what follows
+	turn     chan struct{} // closed after the collection that writers wait for; nil when none is asked for
+	stopPack func()        // ends packing; nil when there is none
+
 	wanted, urgent chan struct{}
+	ctx            context.Context // of the loop
 	cancel         context.CancelFunc
 	ended          chan struct{}
 	// pending says that what was asked for has not been done. It is the goroutine's until ended is closed.
@@ -73,10 +101,12 @@ func (g GC) rules(store *cache.Store) ([]cache.Policy, error) {
 	return cache.DefaultPolicies(disk), nil
 }
 
-// newCollector starts a collector for a store. busy says whether anybody builds.
-func newCollector(policies []cache.Policy, delay time.Duration, store *cache.Store, busy func() bool, log *slog.Logger) *collector {
+// newCollector starts a collector for a store; g has its policies. busy says whether anybody builds.
+func newCollector(g GC, store *cache.Store, busy func() bool, log *slog.Logger) *collector {
 	c := &collector{
-		collect: store.Prune, free: store.Disk, busy: busy, policies: policies, delay: cmp.Or(delay, DefaultGCDelay), log: log,
+		collect: store.Prune, free: store.Disk, busy: busy, log: log,
+		policies: g.Policies, delay: cmp.Or(g.Delay, DefaultGCDelay), packDelay: cmp.Or(g.PackDelay, DefaultPackDelay),
+		pack:   func(ctx context.Context) error { return packTrees(ctx, store.Layers) },
 		wanted: make(chan struct{}, 1), urgent: make(chan struct{}, 1), ended: make(chan struct{}),
 	}
 	for _, p := range c.policies {
@@ -89,34 +119,58 @@ func newCollector(policies []cache.Policy, delay time.Duration, store *cache.Sto
 		c.minFree = max(c.minFree, p.MinFreeSpace)
 	}
 	c.left.Store(-1)
-	ctx, cancel := context.WithCancel(context.Background())
-	c.cancel = cancel
+	c.start()
+	return c
+}
+
+func (c *collector) start() {
+	c.ctx, c.cancel = context.WithCancel(context.Background())
 	go func() {
 		defer close(c.ended)
-		c.loop(ctx)
+		c.loop(c.ctx)
 	}()
-	return c
 }
 
 // request asks for a collection when the engine is idle.
 func (c *collector) request() { signal(c.wanted) }
 
-// add notes that a layer or blob of that size is about to be written, and asks for a collection at once if it would
-// exceed a limit.
+// add notes that a layer or blob of that size is about to become visible. If it would exceed a limit, add returns after a
+// collection has made room for it, or has found that it cannot.
 func (c *collector) add(bytes int64) {
 	grown := c.grown.Add(bytes)
-	if time.Now().UnixNano() < c.rest.Load() {
+	if !c.exceeds(grown, bytes) || time.Now().UnixNano() < c.rest.Load() {
 		return
 	}
-	if left := c.left.Load(); c.limit > 0 && left >= 0 && left+grown > c.limit {
+	c.coming.Add(bytes)
+	defer c.coming.Add(-bytes)
+	c.mu.Lock()
+	if c.turn == nil {
+		c.turn = make(chan struct{})
 		signal(c.urgent)
-		return
 	}
-	if c.minFree > 0 {
-		if disk, err := c.free(); err == nil && disk.Free-bytes < c.minFree {
-			signal(c.urgent)
-		}
+	turn := c.turn
+	c.mu.Unlock()
+	long := time.NewTimer(gcWait)
+	defer long.Stop()
+	select {
+	case <-turn:
+	case <-c.ctx.Done():
+	case <-long.C:
+		c.log.Warn("a build goes on though the cache may exceed its limit: making room takes too long")
 	}
+}
+
+// exceeds says whether something of that size, which is in grown, is too much.
+func (c *collector) exceeds(grown, bytes int64) bool {
+	left := c.left.Load()
+	if c.limit > 0 && (left >= 0 && left+grown > c.limit || left < 0 && grown > min(c.limit, gcUnknown)) {
+		return true
+	}
+	if c.minFree == 0 {
+		return false
+	}
+	disk, err := c.free() // what is about to become visible is on the disk already
+	return err == nil && disk.Free < c.minFree
 }
 
 func signal(ch chan struct{}) {
@@ -127,8 +181,9 @@ func signal(ch chan struct{}) {
 }
 
 func (c *collector) loop(ctx context.Context) {
-	idle := time.NewTimer(c.delay)
+	idle, pack := time.NewTimer(c.delay), time.NewTimer(c.packDelay)
 	idle.Stop()
+	pack.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -136,29 +191,110 @@ func (c *collector) loop(ctx context.Context) {
 		case <-c.wanted:
 			c.pending = true
 			idle.Reset(max(c.delay, time.Until(time.Unix(0, c.rest.Load()))))
+			pack.Reset(c.packDelay)
 			continue
 		case <-c.urgent:
-			c.log.Debug("a build is about to exceed a limit of the cache")
+			c.makeRoom(ctx)
+			continue
+		case <-pack.C:
+			c.packIdle(ctx)
+			continue
 		case <-idle.C:
 			if c.busy() {
 				continue // its end asks again
 			}
 		}
-		c.run(ctx)
+		c.run(ctx, c.policies)
 	}
 }
 
-// run makes one collection.
-func (c *collector) run(ctx context.Context) {
+// makeRoom collects for writers that wait.
+func (c *collector) makeRoom(ctx context.Context) {
+	c.mu.Lock()
+	turn := c.turn
+	c.turn = nil
+	c.mu.Unlock()
+	defer close(turn)
+	if !c.exceeds(c.grown.Load(), 0) {
+		return // the collection before this one has made enough room
+	}
+	coming := c.coming.Load()
+	policies := slices.Clone(c.policies)
+	for i, p := range policies {
+		if p.MaxUsedSpace > 0 && len(p.Filters) == 0 {
+			policies[i].MaxUsedSpace = max(1, p.MaxUsedSpace-coming-p.MaxUsedSpace/gcMargin)
+		}
+	}
 	begun := time.Now()
-	grown := c.grown.Load()
-	done, err := c.collect(ctx, c.policies)
+	// Those who have come since have a turn of their own.
+	if !c.run(ctx, policies) || !c.exceeds(coming, 0) {
+		return
+	}
 	c.rest.Store(time.Now().Add(gcPause * time.Since(begun)).UnixNano())
+	c.log.Warn("the cache exceeds its limit, and what could be deleted is in use: builds go on", "limit", c.limit, "takes", c.left.Load(), "coming", coming)
+}
+
+// packIdle packs trees until there are none or somebody builds.
+func (c *collector) packIdle(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c.mu.Lock()
+	c.stopPack = cancel
+	c.mu.Unlock()
+	// After stopPack is set: a build that begins now either is seen here or stops it.
+	if c.busy() {
+		return
+	}
+	begun := time.Now()
+	if err := c.pack(ctx); err != nil && ctx.Err() == nil {
+		c.log.Warn("pack layers", "error", err)
+	}
+	c.log.Debug("packed layers while idle", "duration", time.Since(begun), "interrupted", ctx.Err() != nil)
+}
+
+// begin is called when a build does: packing stops.
+func (c *collector) begin() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stopPack != nil {
+		c.stopPack()
+	}
+}
+
+// packTrees packs the layers that are trees, if their trees can go then.
+func packTrees(ctx context.Context, layers *layer.Store) error {
+	if !layers.Info().EROFS {
+		return nil // the tree would stay
+	}
+	var trees []layer.ID
+	if err := layers.Walk(ctx, func(info layer.Info) error {
+		if info.Form == layer.FormTree && info.DiffID == "" {
+			trees = append(trees, info.ID)
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	for _, id := range trees {
+		if _, err := layers.Pack(ctx, id); err != nil && !errors.Is(err, layer.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
+}
+
+// run makes one collection and reports whether it has.
+func (c *collector) run(ctx context.Context, policies []cache.Policy) bool {
+	begun := time.Now()
+	coming := c.coming.Load() // before grown: what comes in between counts twice rather than never
+	grown := c.grown.Load() - coming
+	done, err := c.collect(ctx, policies)
 	if err != nil {
 		if ctx.Err() == nil {
+			c.rest.Store(time.Now().Add(gcPause * time.Since(begun)).UnixNano())
 			c.log.Warn("collect garbage", "error", err)
 		}
-		return
+		return false
 	}
 	c.pending = false
 	c.left.Store(done.Left)
@@ -169,6 +305,7 @@ func (c *collector) run(ctx context.Context) {
 	if len(done.Deleted) > 0 || done.Bytes > 0 {
 		c.log.Info("collected garbage", "things", len(done.Deleted), "bytes", done.Bytes, "left", done.Left, "duration", time.Since(begun))
 	}
+	return true
 }
 
 // close stops collecting. It reports whether something was asked for and not done.

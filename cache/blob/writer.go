@@ -192,6 +192,9 @@ func (w *Writer) Close() error {
 	return w.f.Close()
 }
 
+// Drop ends a Writer that was not committed and throws away what was written, that of earlier Writers of the same name included.
+func (w *Writer) Drop() error { return w.drop() }
+
 // rename moves a finished file to its place, durably.
 func (s *Store) rename(from, to string) error {
 	dir := filepath.Dir(to)

@@ -250,6 +250,9 @@ func (s *Store) Repair(ctx context.Context, id ID, found []Damage, quarantine st
 			return fmt.Errorf("repair layer %s: %w", id, err)
 		}
 	}
+	if slices.ContainsFunc(found, func(d Damage) bool { return d.Part == extractedDir }) {
+		s.noteExtracted(id, 0)
+	}
 	// The parts without which the layer is of no use are made again now.
 	s.indexes.drop(id)
 	s.mu.Lock()
@@ -322,7 +325,11 @@ func (s *Store) RemoveBroken(ctx context.Context) (int, error) {
 }
 
 func (s *Store) removeBroken(id ID) (bool, error) {
-	defer s.locks.lock(id)()
+	unlock, ok := s.locks.tryLock(id)
+	if !ok {
+		return false, nil // it is just being written anew, perhaps by somebody who waits for us
+	}
+	defer unlock()
 	m, err := readMeta(s.path(id, infoFile), id)
 	var path *os.PathError
 	switch {

@@ -504,6 +504,7 @@ func (s *Store) commitTar(ctx context.Context, id ID, items []tarItem, writeRoot
 	if err := s.finishTar(tmp, m, x); err != nil {
 		return "", err
 	}
+	s.add(m.Size)
 	return m.ID, s.install(tmp, m, x, true)
 }
 

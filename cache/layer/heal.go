@@ -302,7 +302,7 @@ func (s *Store) remakeInfo(ctx context.Context, id ID) (*meta, error) {
 		// Whether the tar is of this tree cannot be known: it is made again when somebody wants it.
 		m.Tar, m.DiffID, m.TarSize, m.Below = false, "", 0, nil
 	}
-	m.Size = diskUsage(s.path(id, ""))
+	m.Size, m.Extracted = diskUsage(s.path(id, "")), treeUsage(s.path(id, extractedDir))
 	if m.Tree {
 		m.Size += treeUsage(s.path(id, treeDir))
 	}

@@ -133,6 +133,8 @@ type meta struct {
 	Tree bool `json:"tree,omitempty"`
 	// TarSize is the length of layer.tar.
 	TarSize int64 `json:"tarSize,omitempty"`
+	// Extracted is what the directory beside a tar occupies that was extracted because the tar could not be mounted.
+	Extracted int64 `json:"extracted,omitempty"`
 	// Below is what the layers below answered while the tar was read: the same tar over other answers makes
 	// another layer. See belowReader.
 	Below map[string]string `json:"below,omitempty"`
@@ -146,7 +148,7 @@ func (m *meta) info() Info {
 	if m.Tar && !m.Tree {
 		form = FormTar
 	}
-	return Info{ID: m.ID, DiffID: m.DiffID, Content: m.Content, Size: m.Size, Form: form}
+	return Info{ID: m.ID, DiffID: m.DiffID, Content: m.Content, Size: m.Size + m.Extracted, Form: form}
 }
 
 const (
@@ -509,7 +511,6 @@ func (s *Store) newTmp() (string, error) {
 // one counts. durable says that the files have been synced and the rename must be too.
 func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error {
 	s.use(m.ID)
-	s.add(m.Size)
 	if durable {
 		if err := s.fs.Sync(tmp); err != nil {
 			return err

@@ -935,7 +935,7 @@ func TestUnpackOverOtherLayers(t *testing.T) {
 		}
 		x, _ = s.Index(ctx, id)
 		sum := func(s string) string { return digest.FromString(s).Encoded()[:4] }
-		want := []string{"/ dir 755", "/home dir 755", "/home/user dir 700", "/home/user/again " + sum("old"), "/home/user/new " + sum("new"), "/lib dir 755", "/lib/x " + sum("x")}
+		want := []string{"/ dir 755", "/home dir 755", "/home/user dir 700", "/home/user/again " + sum("old"), "/home/user/new " + sum("new"), "/home/user/old " + sum("old") + " = home/user/again", "/lib dir 755", "/lib/x " + sum("x")}
 		if diff := cmp.Diff(want, describe(x)); diff != "" {
 			t.Error(diff)
 		}
@@ -1022,7 +1022,7 @@ func TestUnpackSparse(t *testing.T) {
 func errOf(_ int, err error) error { return err }
 
 // rawPAX makes an entry with PAX records that archive/tar does not write.
-func rawPAX(t *testing.T, name, data string, records map[string]string) []byte {
+func rawPAX(t testing.TB, name, data string, records map[string]string) []byte {
 	t.Helper()
 	var recs strings.Builder
 	for _, k := range slices.Sorted(maps.Keys(records)) {
@@ -1059,6 +1059,11 @@ func rawPAX(t *testing.T, name, data string, records map[string]string) []byte {
 func FuzzUnpack(f *testing.F) {
 	f.Add(makeTar(f, reg("a/b", "x"), hardlink("c", "a/b"), symlinkTo("l", ".."), reg("l/l/y", "z"), reg(".wh.q", "")))
 	f.Add(makeTar(f, mkdir("d"), reg("d/.wh..wh..opq", ""), reg("../x", "")))
+	for _, c := range hostileTars {
+		for _, layer := range c.layers(f) {
+			f.Add(layer)
+		}
+	}
 	where := f.TempDir()
 	if _, err := os.Stat("/dev/shm"); err == nil { // where syncing costs nothing
 		if where, err = os.MkdirTemp("/dev/shm", "slipway-fuzz"); err != nil {

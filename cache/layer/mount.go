@@ -241,7 +241,10 @@ func (s *Store) extracted(ctx context.Context, m *meta) (string, error) {
 	err = extract(ctx, tmp, x, func(e index.Entry) (io.ReadCloser, error) {
 		return io.NopCloser(io.NewSectionReader(f, e.Offset, e.Size)), nil
 	})
+	var size int64
 	if err == nil {
+		size = treeUsage(tmp)
+		s.add(size)
 		// The rename must not be on disk before the files are.
 		err = s.Sync(ctx)
 	}
@@ -252,7 +255,28 @@ func (s *Store) extracted(ctx context.Context, m *meta) (string, error) {
 		s.removeAll(tmp)
 		return "", err
 	}
+	s.noteExtracted(m.ID, size)
 	return dir, nil
+}
+
+// noteExtracted writes into a layer's info what its extracted directory occupies. Failing that, another process will not know.
+func (s *Store) noteExtracted(id ID, size int64) {
+	s.mu.Lock()
+	old := s.metas[id]
+	s.mu.Unlock()
+	if old == nil || old.Extracted == size {
+		return
+	}
+	m := *old
+	m.Extracted = size
+	if err := s.replaceInfo(&m); err != nil {
+		s.log.Warn("layer store: write the info of a layer", "layer", id, "err", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.metas[id] == old {
+		s.metas[id] = &m
+	}
 }
 
 // unmount takes a mount away at once; the kernel finishes when its last user is gone.

@@ -137,6 +137,7 @@ func (s *Store) commitTree(upper string, x *index.Index, size int64) (ID, error)
 		return "", err
 	}
 	m := &meta{ID: ID("t" + randomName()), Tree: true, Content: x.Digest(), Size: size}
+	s.add(m.Size)
 	defer s.boot.begin(m)()
 	err = s.writeFile(filepath.Join(tmp, indexFile), x.Encode(), false)
 	if err == nil {
@@ -568,6 +569,7 @@ func (s *Store) pack(ctx context.Context, old *meta) (*meta, error) {
 		return nil, err
 	}
 	m.Size += m.TarSize
+	s.add(m.TarSize)
 	if !writeRoot {
 		m.Below = map[string]string{belowKey(belowStat, ""): ""}
 	}

@@ -112,6 +112,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 	if err := s.finishTar(tmp, m, x); err != nil {
 		return "", err
 	}
+	s.add(m.Size)
 	return m.ID, s.install(tmp, m, x, true)
 }
 
@@ -136,6 +137,12 @@ type unpackNode struct {
 	file     *unpackFile
 	children map[string]*unpackNode // of a directory
 	implicit bool                   // a directory that the tar has not named (yet)
+	// anew says that the directory of the layers below was hidden by name: this one has nothing of it, not even its mode. (An
+	// opaque mark inside hides what is in it only.)
+	anew bool
+	// copiedUp is a file of the layers below that is here because a hard link points to it: the names of one file must be in
+	// one layer to be one file. It goes if what it was copied from is hidden.
+	copiedUp bool
 }
 
 // unpackFile is what the names of one file share.
@@ -332,10 +339,10 @@ func (n *unpackNode) put(name string, child *unpackNode) {
 // hide keeps what the layers below have at name from showing. What this layer has there itself stays.
 func (n *unpackNode) hide(name string) {
 	switch old := n.children[name]; {
-	case old == nil:
+	case old == nil || old.copiedUp:
 		n.put(name, &unpackNode{file: &unpackFile{entry: index.Entry{Type: index.Whiteout, Offset: -1}}})
 	case old.typ() == index.Dir:
-		old.file.entry.Opaque = true
+		old.file.entry.Opaque, old.anew = true, true
 	}
 }
 
@@ -378,7 +385,7 @@ func (u *unpacker) directory(path string) (*unpackNode, error) {
 				return nil, errors.New("file name too long")
 			}
 			fresh := &unpackNode{implicit: true, file: &unpackFile{entry: index.Entry{Type: index.Dir, Mode: 0o755, Offset: -1}}}
-			fresh.file.entry.Opaque = child != nil
+			fresh.file.entry.Opaque, fresh.anew = child != nil, child != nil
 			n.put(name, fresh)
 			child = fresh
 		case child.typ() != index.Dir:
@@ -448,6 +455,11 @@ func (u *unpacker) linked(target string) (*unpackFile, error) {
 	if e.Size > 0 {
 		u.scattered = true
 	}
+	parent, err := u.directory(index.Parent(name))
+	if err != nil {
+		return nil, err
+	}
+	parent.put(index.Base(name), &unpackNode{file: file, copiedUp: true})
 	return file, nil
 }
 
@@ -523,18 +535,18 @@ func (u *unpacker) items() ([]tarItem, error) {
 	var files []*unpackFile
 	var add func(path string, n *unpackNode, hidden bool) error
 	add = func(path string, n *unpackNode, hidden bool) error {
-		hidden = hidden || n.file.entry.Opaque
-		if n.implicit && !hidden {
+		if n.implicit && !hidden && !n.anew {
 			if _, err := u.ask(belowStat, path); err != nil {
 				return err
 			}
 			if u.below != nil {
 				if e, ok := u.below.Lookup(path); ok && e.Type == index.Dir {
-					e.Offset, e.Opaque = -1, false
+					e.Offset, e.Opaque = -1, n.file.entry.Opaque
 					n.file.entry = e
 				}
 			}
 		}
+		hidden = hidden || n.file.entry.Opaque
 		e := n.file.entry
 		e.Path = path
 		items = append(items, tarItem{entry: e})
@@ -546,6 +558,9 @@ func (u *unpacker) items() ([]tarItem, error) {
 		slices.Sort(names)
 		for _, name := range names {
 			child := n.children[name]
+			if child.copiedUp && hidden {
+				continue
+			}
 			if child.typ() == index.Whiteout {
 				// One that hides nothing must go: in a directory that only one layer has, overlayfs lists it.
 				needed, err := u.hides(index.Join(path, name), hidden)

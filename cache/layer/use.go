@@ -17,8 +17,9 @@ import (
 // layer that becomes visible, before it does. It must not call the store. Call OnUse before the store is used.
 func (s *Store) OnUse(fn func(ID)) { s.used = fn }
 
-// OnAdd sets the function that is called with the size in bytes of every layer that is about to become visible. Call
-// OnAdd before the store is used.
+// OnAdd sets the function that is called with the size in bytes of every layer, or form of one, that is about to become
+// visible. It may take its time, to delete other layers for instance, but must not wait for this one. Call OnAdd before the
+// store is used.
 func (s *Store) OnAdd(fn func(bytes int64)) { s.added = fn }
 
 func (s *Store) add(bytes int64) {

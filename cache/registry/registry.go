@@ -132,6 +132,12 @@ func (r *Registry) Resolve(ctx context.Context, ref string) (name string, desc o
 // Fetch opens the content of desc in ref's repository. Reading ends with an error wrapping ErrCorrupt when the
 // bytes are not those that desc names, with ErrNotFound when the registry does not have them.
 func (r *Registry) Fetch(ctx context.Context, ref string, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	return r.FetchFrom(ctx, ref, desc, 0)
+}
+
+// FetchFrom is Fetch from that byte on, by a range request; a registry that does not know ranges sends everything, and what
+// comes before is dropped. The caller has the bytes before offset, so only they can verify the whole.
+func (r *Registry) FetchFrom(ctx context.Context, ref string, desc ocispec.Descriptor, offset int64) (io.ReadCloser, error) {
 	named, err := Parse(ref)
 	if err != nil {
 		return nil, err
@@ -150,7 +156,21 @@ func (r *Registry) Fetch(ctx context.Context, ref string, desc ocispec.Descripto
 	if err != nil {
 		return nil, r.explain(ctx, "pull", named, err)
 	}
-	return &download{ctx: ctx, r: r, named: named, desc: desc, rc: rc, hash: desc.Digest.Algorithm().Hash()}, nil
+	d := &download{ctx: ctx, r: r, named: named, desc: desc, rc: rc, read: offset}
+	if offset == 0 {
+		d.hash = desc.Digest.Algorithm().Hash()
+		return d, nil
+	}
+	seeker, ok := rc.(io.Seeker)
+	if !ok {
+		rc.Close()
+		return nil, fmt.Errorf("fetch %s from %s: it can only be read from its beginning", desc.Digest, named)
+	}
+	if _, err := seeker.Seek(offset, io.SeekStart); err != nil {
+		rc.Close()
+		return nil, r.explain(ctx, "pull", named, err)
+	}
+	return d, nil
 }
 
 // MaxDocument is the most that FetchBytes reads: manifests and configs are far smaller.

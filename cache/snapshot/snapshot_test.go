@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/layer"
 )
@@ -535,6 +536,24 @@ func checkLifecycle(t *testing.T, f *fixture) {
 	f.Close() // releases it
 	if _, err := f.Mount(t.Context(), base, MountOptions{}); !errors.Is(err, ErrClosed) {
 		t.Errorf("mount after Close: %v", err)
+	}
+}
+
+// fullDisk says that there is no room left.
+type fullDisk struct{ fsys.FS }
+
+func (fullDisk) Free(string) (int64, error) { return 1 << 20, nil }
+
+// On a full disk what a failed step has written is gone when Release returns.
+func TestReleaseOnFullDisk(t *testing.T) {
+	f := newFixtureWith(t, Options{FS: fullDisk{fsys.OS}})
+	for range 10 {
+		m := f.mount(nil, true)
+		write(t, m.Path(), "big", strings.Repeat("x", 1<<20))
+		ok(t, m.Release())
+		if left, err := os.ReadDir(filepath.Join(f.dir, "layers", "uppers")); err != nil || len(left) > 0 {
+			t.Fatalf("still there: %v, %v", left, err)
+		}
 	}
 }
 

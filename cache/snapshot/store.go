@@ -363,8 +363,8 @@ func (s *Store) setLeaving(id layer.ID, m *Mount) {
 	}
 }
 
-// Release unmounts and throws away what was written. It returns at once; trouble is logged. After Commit or another
-// Release it does nothing.
+// Release unmounts and throws away what was written. It returns at once, but on a disk that is nearly full only when what was
+// written is gone: whoever comes next needs the room. Trouble is logged. After Commit or another Release it does nothing.
 func (m *Mount) Release() error {
 	if !m.advance(released) {
 		return nil
@@ -372,9 +372,16 @@ func (m *Mount) Release() error {
 	m.forget()
 	now := make(chan struct{})
 	close(now)
+	if free, err := m.s.fs.Free(m.s.dir); m.upper != "" && err == nil && free < scarce {
+		m.teardown(now)
+		return nil
+	}
 	go m.teardown(now)
 	return nil
 }
+
+// scarce is how many bytes free are too few to let deletions wait.
+const scarce = 256 << 20
 
 // advance is the only place where a mount's state changes. It says whether the change was from mounted.
 func (m *Mount) advance(to mountState) bool {

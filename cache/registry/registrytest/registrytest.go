@@ -54,8 +54,9 @@ type Server struct {
 	// Fault breaks requests.
 	Fault *Fault
 
-	mu       sync.Mutex // guards requests
+	mu       sync.Mutex // guards what follows
 	requests []string
+	ranges   []string
 }
 
 // Start serves a registry until the test ends.
@@ -93,6 +94,9 @@ func Start(t testing.TB, opts Options) *Server {
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		s.requests = append(s.requests, r.Method+" "+r.URL.RequestURI())
+		if part := r.Header.Get("Range"); part != "" {
+			s.ranges = append(s.ranges, part)
+		}
 		s.mu.Unlock()
 		handler.ServeHTTP(w, r)
 	}))
@@ -127,11 +131,18 @@ func (s *Server) Requests(part string) []string {
 	return found
 }
 
-// Forget empties the list of requests.
+// Ranges returns the Range headers of the requests so far ("bytes=100-").
+func (s *Server) Ranges() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.ranges)
+}
+
+// Forget empties the lists of requests and of ranges.
 func (s *Server) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.requests = nil
+	s.requests, s.ranges = nil, nil
 }
 
 // CertDir writes the authority where registry.Options.CertDirs looks for it and returns the directory.

@@ -19,6 +19,13 @@ type Origin interface {
 	Fetch(ctx context.Context, ref string, desc ocispec.Descriptor) (io.ReadCloser, error)
 }
 
+// RangeOrigin is an Origin that can give a part of a blob, so that a broken download goes on where it stopped.
+type RangeOrigin interface {
+	Origin
+	// FetchFrom is Fetch from the byte at offset on.
+	FetchFrom(ctx context.Context, ref string, desc ocispec.Descriptor, offset int64) (io.ReadCloser, error)
+}
+
 // Found is an image whose documents have been read, on one platform. The zero value is no image.
 type Found struct{ found *found }
 

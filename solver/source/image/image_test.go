@@ -196,7 +196,12 @@ func newSide(t *testing.T, opts registry.Options) *side {
 	if os.Geteuid() != 0 {
 		t.Skip("SKIPPED: the layer store of this test needs root")
 	}
-	s, err := cache.Open(context.Background(), t.TempDir())
+	return newSideAt(t, t.TempDir(), opts)
+}
+
+func newSideAt(t *testing.T, dir string, opts registry.Options) *side {
+	t.Helper()
+	s, err := cache.Open(context.Background(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,11 +9,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"syscall"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/seed-68981b69/slipway/cache/blob"
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
@@ -235,27 +237,69 @@ func (p *Puller) download(ctx context.Context, from Origin, ref string, w *wante
 		return nil
 	}
 	progress(id, 0, total, false)
-	fetch := func() error {
-		rc, err := from.Fetch(ctx, ref, w.desc)
-		if err != nil {
-			return err
+	report := func(n int64) {
+		if n < total {
+			progress(id, n, total, false)
 		}
-		defer rc.Close()
-		return p.deps.Blobs.Put(ctx, &counted{r: rc, report: func(n int64) {
-			if n < total {
-				progress(id, n, total, false)
-			}
-		}}, w.desc)
 	}
-	err := fetch()
-	if errors.Is(err, registry.ErrCorrupt) {
-		// Once more: a proxy on the way may have had a bad copy.
-		err = fetch()
+	fetch := p.fetch
+	if origin, ok := from.(RangeOrigin); ok && w.desc.Digest.Algorithm() == digest.SHA256 {
+		fetch = func(ctx context.Context, _ Origin, ref string, desc ocispec.Descriptor, report func(int64)) error {
+			return p.resume(ctx, origin, ref, desc, report)
+		}
+	}
+	err := fetch(ctx, from, ref, w.desc, report)
+	if errors.Is(err, registry.ErrCorrupt) || errors.Is(err, blob.ErrDigest) || errors.Is(err, blob.ErrSize) {
+		// Once more, from the beginning: a proxy on the way may have had a bad copy, or what was left here was bad.
+		err = fetch(ctx, from, ref, w.desc, report)
 	}
 	if err != nil {
 		return err
 	}
 	progress(id, total, total, true)
+	return nil
+}
+
+// fetch downloads a blob, all of it.
+func (p *Puller) fetch(ctx context.Context, from Origin, ref string, desc ocispec.Descriptor, report func(int64)) error {
+	rc, err := from.Fetch(ctx, ref, desc)
+	if err != nil {
+		return err
+	}
+	defer rc.Close()
+	return p.deps.Blobs.Put(ctx, &counted{r: rc, report: report}, desc)
+}
+
+// resume downloads what is missing of a blob: an earlier attempt, perhaps of an earlier process, may have left a part. What
+// comes is kept if this attempt fails too, unless it is wrong, or the disk is full and needs the room.
+func (p *Puller) resume(ctx context.Context, from RangeOrigin, ref string, desc ocispec.Descriptor, report func(int64)) error {
+	w, err := p.deps.Blobs.Resume(ctx, desc.Digest.String())
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	if p.deps.Blobs.Has(desc.Digest) { // by somebody for whom Resume has waited
+		return nil
+	}
+	if at := w.Size(); at < desc.Size {
+		if at > 0 {
+			slog.Debug("going on with a download", "image", ref, "blob", desc.Digest, "at", at, "of", desc.Size)
+		}
+		rc, err := from.FetchFrom(ctx, ref, desc, at)
+		if err != nil {
+			return err
+		}
+		defer rc.Close()
+		if _, err := io.Copy(w, &counted{r: rc, n: at, told: at, report: report}); err != nil {
+			if errors.Is(err, registry.ErrCorrupt) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+				return errors.Join(err, w.Drop())
+			}
+			return err
+		}
+	}
+	if err := w.Commit(desc.Size, desc.Digest); err != nil {
+		return fmt.Errorf("pull %s: %w", ref, err)
+	}
 	return nil
 }
 
