@@ -5,6 +5,7 @@ package buildkitapi
 import (
 	"context"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 )
 
 // request is a checked SolveRequest.
@@ -32,6 +34,8 @@ type request struct {
 	localIDs  map[string]string
 	// outputFiles are the client's files that the engine writes itself, by the number of the output.
 	outputFiles map[int]string
+	// internal builds are not recorded.
+	internal bool
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
 	clientFrontend bool
 }
@@ -55,6 +59,7 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		opts:         maps.Clone(req.FrontendAttrs),
 		inputs:       req.FrontendInputs,
 		entitlements: req.Entitlements,
+		internal:     req.Internal,
 		localIDs:     map[string]string{},
 	}
 	if r.opts == nil {
@@ -78,6 +83,12 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	if err := checkCache(req.Cache); err != nil {
 		return nil, err
 	}
+	if err := s.checkEntitlements(req.Entitlements, s.OwnerEntitled && samePeerUser(ctx)); err != nil {
+		return nil, err
+	}
+	if err := s.checkFrontend(r.frontend); err != nil {
+		return nil, err
+	}
 	for attr, value := range r.opts {
 		if name, ok := strings.CutPrefix(attr, "local-sessionid:"); ok {
 			r.localIDs[name] = value
@@ -95,6 +106,26 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	}
 	r.clientFrontend = r.definition == nil && r.frontend == ""
 	return r, s.parseExporters(req, r)
+}
+
+// checkEntitlements refuses what the engine does not let a client ask for. owner says that it may ask for everything.
+func (s *Server) checkEntitlements(names []string, owner bool) error {
+	for _, name := range names {
+		kind, _, _ := strings.Cut(name, "=") // "device=…"
+		if !owner && !slices.Contains(s.Entitlements, kind) {
+			return status.Errorf(codes.PermissionDenied,
+				"entitlement %s is not allowed by the engine: it must be started with --allow-insecure-entitlement %s, or have it under insecure-entitlements in its configuration file", name, kind)
+		}
+	}
+	return nil
+}
+
+// checkFrontend refuses a frontend that is switched off.
+func (s *Server) checkFrontend(name string) error {
+	if name == dockerfile.Name && s.Frontends.NoDockerfile || name == "gateway.v0" && s.Frontends.NoGateway {
+		return status.Errorf(codes.PermissionDenied, "frontend %s is switched off in the engine's configuration (frontend.%q.enabled)", name, name)
+	}
+	return nil
 }
 
 func checkCache(c *controlapi.CacheOptions) error {
