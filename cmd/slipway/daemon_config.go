@@ -55,13 +55,11 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 		NetworkPool:  oci.NetworkPoolSize,
 		CgroupParent: oci.CgroupParent,
 		Labels:       oci.Labels,
+		Warnings:     conf.Warnings,
 		Frontends: buildkitapi.Frontends{
 			NoDockerfile: off(conf.Frontends.Dockerfile.Enabled), NoGateway: off(conf.Frontends.Gateway.Enabled),
 			Repositories: conf.Frontends.Gateway.AllowedRepositories,
 		},
-	}
-	for _, w := range conf.Warnings {
-		options.Warnings = append(options.Warnings, fmt.Sprintf("configuration file %s: %s", conf.Path, w))
 	}
 	switch oci.NetworkMode {
 	case "", "auto", "bridge":
