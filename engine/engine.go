@@ -140,7 +140,7 @@ type Engine struct {
 	extraLabels map[string]string
 	// foreign are the mounts below root that are not the engine's: somebody keeps a part of the state on another disk.
 	foreign []string
-	sweeps   sync.WaitGroup
+	sweeps  sync.WaitGroup
 }
 
 // Open opens the state directory and everything on top of it. It fails with an error that wraps cache.ErrLocked while
@@ -311,10 +311,10 @@ func (e *Engine) openAPIs(opts Options) error {
 
 		Entitlements: opts.Entitlements, OwnerEntitled: opts.OwnerEntitled,
 		Platforms: opts.Platforms, Frontends: opts.Frontends, AuthTimeout: opts.SessionAuthTimeout, Traces: opts.Traces,
-		Dir:       e.path("contexts"),
-		WorkerID:  id,
-		Labels:    e.labels,
-		Version:   Version,
+		Dir:      e.path("contexts"),
+		WorkerID: id,
+		Labels:   e.labels,
+		Version:  Version,
 		Begin: func(ref string) func() {
 			lease := st.Lease("build " + ref)
 			return func() {

@@ -31,7 +31,7 @@ type clientSession struct {
 	manager *session.Manager
 	// authTimeout is how long the client may take to give credentials; what is not positive is no limit.
 	authTimeout time.Duration
-	id      string
+	id          string
 	// localIDs are sessions of other clients for single local sources ("local-sessionid:NAME").
 	localIDs map[string]string
 	// direct are the directories that the engine reads itself.

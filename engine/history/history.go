@@ -52,7 +52,7 @@ type Options struct {
 	MaxBytes  int64
 	// Off keeps nothing new; what is there stays.
 	Off bool
-	Log       *slog.Logger
+	Log *slog.Logger
 }
 
 // Store is the history. Its methods may be called concurrently.
