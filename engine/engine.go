@@ -12,16 +12,21 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"google.golang.org/grpc"
 
 	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/layer"
@@ -31,6 +36,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 	"github.com/seed-68981b69/slipway/engine/dockerapi"
 	"github.com/seed-68981b69/slipway/engine/history"
+	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/network"
 	"github.com/seed-68981b69/slipway/executor/runc"
 	"github.com/seed-68981b69/slipway/exporter"
@@ -62,6 +68,7 @@ const (
 	LabelSnapshots = "slipway.snapshots"
 	LabelHostname  = "org.mobyproject.buildkit.worker.hostname"
 	LabelExecutor  = "org.mobyproject.buildkit.worker.executor"
+	LabelNetwork   = "org.mobyproject.buildkit.worker.network"
 )
 
 // Options say how to open an engine.
@@ -73,12 +80,52 @@ type Options struct {
 	// MaxMemory is how much memory, in bytes, the build steps that run at once may need together, as far as earlier runs
 	// tell; 0 means what MachineMemory says less a fifth.
 	MaxMemory int64
-	// Debug logs what happens inside.
+	// Debug logs what happens inside. Level says it more precisely; nil means warnings, or everything with Debug.
 	Debug bool
-	// Log takes the engine's log; nil means standard error.
-	Log io.Writer
+	Level slog.Leveler
+	// Log takes the engine's log, as JSON with LogJSON; nil means standard error.
+	Log     io.Writer
+	LogJSON bool
+	// Warnings are logged first: what the owner should know of these options.
+	Warnings []string
 	// GC says how garbage is collected.
 	GC GC
+
+	// Registries are the settings of single registries, by host. RegistryConns bounds the connections to each; 0 is no bound.
+	Registries    map[string]registry.Host
+	RegistryConns int
+	// Entitlements are what any client may ask for ("network.host"). OwnerEntitled lets clients that are the engine's own user
+	// ask for everything: they could do it without the engine.
+	Entitlements  []string
+	OwnerEntitled bool
+	// Network is what a step gets that names none; "" means a bridge. NetworkPool is how many namespaces are kept for
+	// it; 0 is the default. DNS is how names are resolved instead of the host's way.
+	Network     executor.NetworkMode
+	NetworkPool int
+	DNS         *network.DNS
+	// CgroupParent is the cgroup of steps that name none, relative to the engine's.
+	CgroupParent string
+	// Labels are shown to clients besides our own, and Platforms instead of what is found.
+	Labels    map[string]string
+	Platforms []ocispec.Platform
+	// History bounds what is kept of builds that have ended.
+	History HistoryLimits
+	// Frontends says which frontends clients may ask for.
+	Frontends buildkitapi.Frontends
+	// SessionAuthTimeout is how long a client may take to give credentials; nil is BuildKit's default, and what is not positive no limit.
+	SessionAuthTimeout *time.Duration
+	// Traces receives the spans of builds and those that clients send; nil keeps them for the history only.
+	Traces sdktrace.SpanExporter
+}
+
+// HistoryLimits bound the history of builds.
+type HistoryLimits struct {
+	// MaxBuilds is how many are kept; 0 is the default.
+	MaxBuilds int
+	// MaxAge is for how long; 0 is no limit.
+	MaxAge time.Duration
+	// Off keeps nothing new.
+	Off bool
 }
 
 // Engine is an open engine. Its methods may be called concurrently.
@@ -94,7 +141,11 @@ type Engine struct {
 	syncer   *syncer
 	gc       *collector // nil when switched off
 	contexts *local.Contexts
-	sweeps   sync.WaitGroup
+	// extraLabels are the owner's.
+	extraLabels map[string]string
+	// foreign are the mounts below root that are not the engine's: somebody keeps a part of the state on another disk.
+	foreign []string
+	sweeps  sync.WaitGroup
 }
 
 // Open opens the state directory and everything on top of it. It fails with an error that wraps cache.ErrLocked while
@@ -110,16 +161,19 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 			_ = e.Close()
 		}
 	}()
+	for _, w := range opts.Warnings {
+		e.log.Warn(w)
+	}
 	if e.store, err = cache.Open(ctx, root); err != nil {
 		return nil, err
 	}
 	var networkErr error
-	if e.network, networkErr = network.New(network.Options{Root: root, Log: e.log}); networkErr != nil {
+	if e.network, networkErr = network.New(network.Options{Root: root, PoolSize: opts.NetworkPool, DNS: opts.DNS, Log: e.log}); networkErr != nil {
 		e.network = nil
 		e.log.Warn("containers have no network of their own", "error", networkErr)
 	}
 	if e.executor, err = runc.New(runc.Options{
-		StateDir: e.path("executor"), Network: e.network, NetworkError: networkErr, Log: e.log,
+		StateDir: e.path("executor"), Network: e.network, NetworkError: networkErr, DNS: opts.DNS, Log: e.log,
 	}); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
@@ -130,6 +184,10 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 	if err := e.openAPIs(opts); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
+	// What an engine that was killed has left is gone by now, and nothing of ours is mounted yet.
+	if e.foreign, err = mountsUnder(root); err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
 	return e, nil
 }
 
@@ -138,9 +196,16 @@ func newLog(opts Options) *slog.Logger {
 	if w == nil {
 		w = os.Stderr
 	}
-	level := slog.LevelWarn
-	if opts.Debug {
+	level := opts.Level
+	switch {
+	case level != nil:
+	case opts.Debug:
 		level = slog.LevelDebug
+	default:
+		level = slog.LevelWarn
+	}
+	if opts.LogJSON {
+		return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
 	}
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
@@ -153,7 +218,9 @@ func (e *Engine) path(names ...string) string {
 func (e *Engine) openAPIs(opts Options) error {
 	st := e.store
 	// The engine has no credentials of its own: every request brings those of its client.
-	remote := registry.New(registry.Options{DockerConfigDir: e.path("no-docker-config")})
+	remote := registry.New(registry.Options{
+		DockerConfigDir: e.path("no-docker-config"), Hosts: opts.Registries, MaxConnsPerHost: opts.RegistryConns,
+	})
 	sourceDeps := image.Deps{
 		Blobs: st.Blobs, Layers: st.Layers, Snapshots: st.Snapshots, Images: st.Images, Records: st.Records, Registry: remote,
 	}
@@ -192,8 +259,10 @@ func (e *Engine) openAPIs(opts Options) error {
 			"https":             httpSource,
 			git.Scheme:          git.New(git.Deps{Layers: st.Layers, Repositories: repositories}),
 		},
-		Caches:  caches,
-		TempDir: e.path("tmp"),
+		Caches:              caches,
+		TempDir:             e.path("tmp"),
+		DefaultNetwork:      opts.Network,
+		DefaultCgroupParent: opts.CgroupParent,
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
 	}
@@ -207,7 +276,10 @@ func (e *Engine) openAPIs(opts Options) error {
 	if err != nil {
 		return err
 	}
-	builds, err := history.Open(history.Options{Records: st.Records, Blobs: st.Blobs, Log: e.log})
+	e.extraLabels = opts.Labels
+	builds, err := history.Open(history.Options{
+		Records: st.Records, Blobs: st.Blobs, MaxBuilds: opts.History.MaxBuilds, MaxAge: opts.History.MaxAge, Off: opts.History.Off, Log: e.log,
+	})
 	if err != nil {
 		return err
 	}
@@ -245,10 +317,13 @@ func (e *Engine) openAPIs(opts Options) error {
 		DiskUsage: st.DiskUsage,
 		Prune:     st.Prune,
 		Policies:  policies,
-		Dir:       e.path("contexts"),
-		WorkerID:  id,
-		Labels:    e.labels,
-		Version:   Version,
+
+		Entitlements: opts.Entitlements, OwnerEntitled: opts.OwnerEntitled,
+		Platforms: opts.Platforms, Frontends: opts.Frontends, AuthTimeout: opts.SessionAuthTimeout, Traces: opts.Traces,
+		Dir:      e.path("contexts"),
+		WorkerID: id,
+		Labels:   e.labels,
+		Version:  Version,
 		Begin: func(ref string) func() {
 			lease := st.Lease("build " + ref)
 			if e.gc != nil {
@@ -310,6 +385,27 @@ func (e *Engine) Dial(context.Context) (net.Conn, error) {
 	return client, nil
 }
 
+// Log is where the engine's own log goes.
+func (e *Engine) Log() *slog.Logger { return e.log }
+
+// Metrics are for a Prometheus registry.
+func (e *Engine) Metrics() []prometheus.Collector { return e.buildkit.Metrics() }
+
+// ServeTraces serves the OpenTelemetry trace service, and nothing else, until stop is called. It closes the listener.
+func (e *Engine) ServeTraces(l net.Listener) (stop func()) {
+	g := e.buildkit.NewTraceGRPC()
+	var served sync.WaitGroup
+	served.Go(func() {
+		if err := g.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			e.log.Warn("collect traces", "error", err)
+		}
+	})
+	return func() {
+		g.Stop()
+		served.Wait()
+	}
+}
+
 // busy says whether anybody needs the engine.
 func (e *Engine) busy() bool {
 	return e.server.connections() > 0 || e.buildkit.Active() > 0 || e.docker.Running() > 0
@@ -352,7 +448,7 @@ func (e *Engine) Close() error {
 		errs = append(errs, e.network.Close())
 	}
 	if e.store != nil {
-		errs = append(errs, e.store.Close())
+		errs = append(errs, e.store.Close(), e.detachMounts())
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close engine: %w", err)
@@ -422,6 +518,7 @@ func (e *Engine) labels() map[string]string {
 	if name, err := os.Hostname(); err == nil {
 		labels[LabelHostname] = name
 	}
+	maps.Copy(labels, e.extraLabels)
 	return labels
 }
 

@@ -95,7 +95,7 @@ func openWith(t *testing.T, options Options) *testEngine {
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- e.Serve(ctx, listener, 0) }()
+	go func() { served <- e.Serve(ctx, 0, Listener{Listener: listener}) }()
 	client, err := bkclient.New(t.Context(), "unix://"+socket)
 	if err != nil {
 		t.Fatal(err)
@@ -541,7 +541,7 @@ func TestIdleEngineEnds(t *testing.T) {
 	}
 	served := make(chan error, 1)
 	const idle = 300 * time.Millisecond
-	go func() { served <- e.Serve(t.Context(), listener, idle) }()
+	go func() { served <- e.Serve(t.Context(), idle, Listener{Listener: listener}) }()
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
 		t.Fatal(err)

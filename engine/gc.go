@@ -21,8 +21,10 @@ import (
 type GC struct {
 	// Off switches it off; prune still works.
 	Off bool
-	// Policies are the rules; nil means cache.DefaultPolicies for the disk of the state directory.
+	// Policies are the rules; nil means those of Rules, or cache.DefaultPolicies for the disk of the state directory.
 	Policies []cache.Policy
+	// Rules makes the rules for a disk; it, or what it returns, may be nil.
+	Rules func(cache.Disk) []cache.Policy
 	// Delay is how long the engine is idle after a build before it collects; 0 means DefaultGCDelay.
 	Delay time.Duration
 	// PackDelay is how long it is idle before it packs the trees that steps have left; 0 means DefaultPackDelay.
@@ -97,6 +99,11 @@ func (g GC) rules(store *cache.Store) ([]cache.Policy, error) {
 	disk, err := store.Disk()
 	if err != nil {
 		return nil, err
+	}
+	if g.Rules != nil {
+		if rules := g.Rules(disk); rules != nil {
+			return rules, nil
+		}
 	}
 	return cache.DefaultPolicies(disk), nil
 }

@@ -5,6 +5,8 @@ package engine
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -241,27 +243,99 @@ func socketPair() (client, server net.Conn, err error) {
 	return conns[0], conns[1], nil
 }
 
-// Serve accepts connections until ctx ends, and returns its cause; or until there has been no connection, build or container for idle
-// (0: never), and returns nil. The listener is closed and its socket removed.
-func (e *Engine) Serve(ctx context.Context, listener *net.UnixListener, idle time.Duration) error {
-	listener.SetUnlinkOnClose(true)
-	accepted := make(chan error, 1)
-	go func() {
-		for {
-			c, err := listener.Accept()
-			if err != nil {
-				accepted <- err
-				return
-			}
-			e.server.handle(c)
-		}
-	}()
-	err := e.waitForEnd(ctx, listener, idle, accepted)
-	listener.Close()
-	return err
+// Listener is where an engine is reached.
+type Listener struct {
+	net.Listener
+	// TLS must be set for TCP: clients prove who they are by their certificates.
+	TLS *tls.Config
+	// Borrowed says that the socket's file is somebody else's, who may use it again (systemd).
+	Borrowed bool
 }
 
-func (e *Engine) waitForEnd(ctx context.Context, listener *net.UnixListener, idle time.Duration, accepted <-chan error) error {
+// errPlainTCP keeps an engine, which runs what it is told as root, from being open to whoever reaches it.
+var errPlainTCP = errors.New("TCP is only served with TLS and client certificates")
+
+// check refuses what must not be served.
+func (l Listener) check() error {
+	if l.Addr().Network() == "unix" {
+		return nil
+	}
+	if l.TLS == nil || l.TLS.ClientAuth != tls.RequireAndVerifyClientCert || l.TLS.ClientCAs == nil {
+		return fmt.Errorf("listen at %s: %w", l.Addr(), errPlainTCP)
+	}
+	return nil
+}
+
+// ServerTLS is the configuration for a Listener on TCP: clients need a certificate of the authority in the PEM file ca.
+func ServerTLS(certFile, keyFile, ca string) (*tls.Config, error) {
+	if certFile == "" || keyFile == "" || ca == "" {
+		return nil, fmt.Errorf("%w: a server certificate, its key and the authority of the clients are needed", errPlainTCP)
+	}
+	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err != nil {
+		return nil, fmt.Errorf("server certificate %s with key %s: %w", certFile, keyFile, err)
+	}
+	pem, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, fmt.Errorf("authority of the clients: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("authority of the clients: no PEM certificate in %s", ca)
+	}
+	return &tls.Config{
+		Certificates: []tls.Certificate{cert}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
+		NextProtos: []string{"h2", "http/1.1"}, MinVersion: tls.VersionTLS12,
+	}, nil
+}
+
+// Serve accepts connections until ctx ends, and returns its cause; or until there has been no connection, build or container for idle
+// (0: never), and returns nil. The listeners are closed and their sockets removed.
+func (e *Engine) Serve(ctx context.Context, idle time.Duration, listeners ...Listener) error {
+	defer func() {
+		for _, l := range listeners {
+			l.Close()
+		}
+	}()
+	for _, l := range listeners {
+		if err := l.check(); err != nil {
+			return err
+		}
+		if u, ok := l.Listener.(*net.UnixListener); ok {
+			u.SetUnlinkOnClose(!l.Borrowed)
+		}
+	}
+	accepted := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { accepted <- e.accept(l) }()
+	}
+	return e.waitForEnd(ctx, listeners, idle, accepted)
+}
+
+// accept hands connections on until the listener is closed.
+func (e *Engine) accept(l Listener) error {
+	for pause := time.Duration(0); ; {
+		c, err := l.Accept()
+		switch {
+		case err == nil:
+		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ECONNABORTED), errors.Is(err, unix.ENOBUFS):
+			// It passes when others have gone; until then there is no use in trying all the time.
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			e.log.Warn("accept connections", "at", l.Addr(), "error", err, "again in", pause)
+			time.Sleep(pause)
+			continue
+		default:
+			return fmt.Errorf("accept connections at %s: %w", l.Addr(), err)
+		}
+		pause = 0
+		if l.TLS != nil && l.Addr().Network() != "unix" {
+			c = tls.Server(c, l.TLS)
+		}
+		e.server.handle(c)
+	}
+}
+
+func (e *Engine) waitForEnd(ctx context.Context, listeners []Listener, idle time.Duration, accepted <-chan error) error {
 	var expired <-chan time.Time
 	if idle > 0 {
 		ticker := time.NewTicker(max(idle/10, time.Millisecond))
@@ -274,7 +348,7 @@ func (e *Engine) waitForEnd(ctx context.Context, listener *net.UnixListener, idl
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case err := <-accepted:
-			return fmt.Errorf("accept connections: %w", err)
+			return err
 		case <-e.server.idle:
 			lastBusy = time.Now()
 		case <-expired:
@@ -284,27 +358,30 @@ func (e *Engine) waitForEnd(ctx context.Context, listener *net.UnixListener, idl
 			if time.Since(lastBusy) < idle {
 				continue
 			}
-			// From here on nobody finds us any more: the next command starts a new engine. Whoever has connected in the
-			// meantime is still served.
-			expired = nil
-			_ = os.Remove(listener.Addr().String())
-			listener.SetUnlinkOnClose(false)
-			if err := e.drain(ctx, listener, accepted); err != nil {
-				return err
-			}
-			return nil
+			return e.drain(ctx, listeners, accepted)
 		}
 	}
 }
 
-// drain serves the connections that came in before the socket was removed to their end.
-func (e *Engine) drain(ctx context.Context, listener *net.UnixListener, accepted <-chan error) error {
+// drain makes the engine unreachable and serves the connections that have come in before to their end. From here on the next
+// command starts a new engine.
+func (e *Engine) drain(ctx context.Context, listeners []Listener, accepted <-chan error) error {
 	const settle = 50 * time.Millisecond // for what is in the kernel's queue
-	_ = listener.SetDeadline(time.Now().Add(settle))
-	select {
-	case <-accepted:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	for _, l := range listeners {
+		if u, ok := l.Listener.(*net.UnixListener); ok && !l.Borrowed {
+			_ = os.Remove(u.Addr().String())
+			u.SetUnlinkOnClose(false)
+		}
+		if d, ok := l.Listener.(interface{ SetDeadline(time.Time) error }); ok {
+			_ = d.SetDeadline(time.Now().Add(settle))
+		}
+	}
+	for range listeners {
+		select {
+		case <-accepted:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 	for e.busy() {
 		select {

@@ -36,6 +36,11 @@ type app struct {
 	// jobs and maxMemory are for the engine, when this process opens one; 0 is the default.
 	jobs      int
 	maxMemory memorySize
+	tls       tlsFiles
+	rootGiven bool   // root is not the default
+	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
+
+	program string // the name in front of messages
 
 	in  io.Reader
 	out io.Writer
@@ -49,7 +54,7 @@ type app struct {
 type dialFunc func(ctx context.Context) (net.Conn, error)
 
 func newApp(in io.Reader, out, err io.Writer) *app {
-	return &app{in: in, out: out, err: err}
+	return &app{program: "slipway", in: in, out: out, err: err}
 }
 
 // maxSocketPath is what fits into a sockaddr_un, with its NUL byte.
@@ -57,7 +62,9 @@ const maxSocketPath = 107
 
 // settle fills in the defaults of root and host and checks them.
 func (a *app) settle() error {
-	if a.root == "" {
+	if a.root != "" {
+		a.rootGiven = true
+	} else {
 		root, err := defaultRoot()
 		if err != nil {
 			return err
@@ -72,11 +79,22 @@ func (a *app) settle() error {
 	if err := a.settleLimits(); err != nil {
 		return err
 	}
-	if a.host != "" {
-		_, err := socketPath(a.host)
-		return err
+	if a.config != "" {
+		if a.config, err = filepath.Abs(a.config); err != nil {
+			return fmt.Errorf("--config: %w", err)
+		}
 	}
-	return nil
+	if a.host == "" {
+		return nil
+	}
+	if address, ok := tcpAddress(a.host); ok {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return fmt.Errorf("address %s: want tcp://HOST:PORT", a.host)
+		}
+		return nil
+	}
+	_, err = socketPath(a.host)
+	return err
 }
 
 // defaultRoot is where state lives when nothing says otherwise.
@@ -124,10 +142,8 @@ func socketPath(address string) (string, error) {
 	switch {
 	case !ok && strings.HasPrefix(address, "/"):
 		path = address
-	case scheme == "tcp" || scheme == "https" || scheme == "http":
-		return "", fmt.Errorf("address %s: TCP is not supported yet (it needs mutual TLS): use unix://PATH", address)
 	case scheme != "unix" || path == "":
-		return "", fmt.Errorf("address %q: want unix://PATH", address)
+		return "", fmt.Errorf("address %q: want unix://PATH or tcp://HOST:PORT", address)
 	}
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -139,7 +155,15 @@ func socketPath(address string) (string, error) {
 	return path, nil
 }
 
-// socket is the path that the engine of this command line listens on.
+// address names the engine of this command line in messages.
+func (a *app) address() string {
+	if _, ok := tcpAddress(a.host); ok {
+		return a.host
+	}
+	return "unix://" + a.socket()
+}
+
+// socket is the path that the engine of this command line listens on; there is none for one that is reached over TCP.
 func (a *app) socket() string {
 	if a.host != "" {
 		path, _ := socketPath(a.host) // settle has checked it
@@ -155,7 +179,7 @@ func (a *app) buildkit(ctx context.Context) (*bkclient.Client, error) {
 		return nil, err
 	}
 	var c *bkclient.Client
-	c, err = bkclient.New(ctx, "unix://"+a.socket(),
+	c, err = bkclient.New(ctx, a.address(),
 		bkclient.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx) }),
 		bkclient.WithSessionDialer(func(ctx context.Context, proto string, meta map[string][]string) (net.Conn, error) {
 			conn, err := grpchijack.Dialer(c.ControlClient())(ctx, proto, meta)
@@ -201,7 +225,7 @@ func (a *app) docker(ctx context.Context) (*mobyclient.Client, error) {
 		return nil, err
 	}
 	c, err := mobyclient.New(
-		mobyclient.WithHost("unix://"+a.socket()),
+		mobyclient.WithHost(a.address()),
 		mobyclient.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }),
 	)
 	if err != nil {
@@ -238,7 +262,11 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 		return a.dial, nil
 	}
 	if a.standalone {
-		e, err := engine.Open(ctx, a.engineOptions())
+		options, err := a.engineOptions()
+		if err != nil {
+			return nil, err
+		}
+		e, err := engine.Open(ctx, options)
 		if err != nil {
 			return nil, err
 		}
@@ -247,10 +275,17 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 		return a.dial, nil
 	}
 	dial := unixDialer(a.socket())
+	tcp, remote := tcpAddress(a.host)
+	if remote {
+		var err error
+		if dial, err = a.tlsDialer(tcp); err != nil {
+			return nil, err
+		}
+	}
 	conn, err := dial(ctx)
 	if err != nil {
-		if !nobodyListens(err) {
-			return nil, fmt.Errorf("engine at %s: %w", a.socket(), reason(err))
+		if remote || !nobodyListens(err) {
+			return nil, fmt.Errorf("engine at %s: %w", a.address(), reason(err))
 		}
 		if a.host != "" {
 			return nil, fmt.Errorf("no engine listens at %s: start one with 'slipway daemon --addr unix://%s', or leave out --host", a.socket(), a.socket())
@@ -281,8 +316,16 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 	return a.dial, nil
 }
 
-func (a *app) engineOptions() engine.Options {
-	return engine.Options{Root: a.root, Debug: a.debug, Jobs: a.jobs, MaxMemory: int64(a.maxMemory)}
+// engineOptions are those of an engine inside this process.
+func (a *app) engineOptions() (engine.Options, error) {
+	conf, err := a.loadConfig()
+	if err != nil {
+		return engine.Options{}, err
+	}
+	options, err := engineOptions(&conf)
+	options.Root, options.Debug, options.OwnerEntitled = a.root, a.debug, true
+	a.limit(&options)
+	return options, err
 }
 
 func unixDialer(path string) dialFunc {
@@ -343,6 +386,9 @@ func (a *app) startDaemon(ctx context.Context, dial dialFunc) (net.Conn, error) 
 	if a.debug {
 		args = append(args, "--debug")
 	}
+	if a.config != "" {
+		args = append(args, "--config", a.config)
+	}
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = "slipway"
 	cmd.Dir = "/"
@@ -378,7 +424,8 @@ func daemonEnv(env []string) []string {
 	for _, kv := range env {
 		name, _, _ := strings.Cut(kv, "=")
 		switch name {
-		case "SLIPWAY_STANDALONE", "SLIPWAY_HOST", "SLIPWAY_ROOT", "SLIPWAY_DEBUG":
+		case "SLIPWAY_STANDALONE", "SLIPWAY_HOST", "SLIPWAY_ROOT", "SLIPWAY_DEBUG", "SLIPWAY_CONFIG",
+			"SLIPWAY_TLSCACERT", "SLIPWAY_TLSCERT", "SLIPWAY_TLSKEY", "SLIPWAY_TLSDIR", "SLIPWAY_TLSSERVERNAME":
 			continue
 		}
 		out = append(out, kv)

@@ -14,13 +14,15 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/seed-68981b69/slipway/engine/config"
 )
 
 func TestSocketPath(t *testing.T) {
 	for _, tc := range []struct{ address, want, err string }{
 		{"unix:///run/s", "/run/s", ""},
 		{"/run/s", "/run/s", ""},
-		{"tcp://127.0.0.1:1", "", "TCP is not supported yet"},
+		{"tcp://127.0.0.1:1", "", "want unix://PATH or tcp://HOST:PORT"},
 		{"s", "", "want unix://PATH"},
 		{"unix://", "", "want unix://PATH"},
 		{"unix:///" + strings.Repeat("x", 200), "", "at most"},
@@ -84,19 +86,19 @@ func TestUsageErrors(t *testing.T) {
 
 func TestListenReplacesOnlyDeadSockets(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "dir", "s")
-	l, err := listen(t.Context(), path)
+	l, err := listen(t.Context(), path, config.GRPC{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
-	if _, err := listen(t.Context(), path); err == nil || !strings.Contains(err.Error(), "another engine") {
+	if _, err := listen(t.Context(), path, config.GRPC{}); err == nil || !strings.Contains(err.Error(), "another engine") {
 		t.Errorf("a second listener: %v", err)
 	}
 	l.SetUnlinkOnClose(false) // as after kill -9
 	l.Close()
-	l, err = listen(t.Context(), path)
+	l, err = listen(t.Context(), path, config.GRPC{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,17 +3,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/docker/go-units"
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/spf13/cobra"
@@ -21,23 +21,30 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/engine"
+	"github.com/seed-68981b69/slipway/engine/config"
 )
 
 func newDaemonCommand(a *app) *cobra.Command {
-	var addr string
-	var idle time.Duration
+	var d daemonFlags
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Run the engine in the foreground, or look after one",
-		Args:  args(0, 0),
+		Long: "Run the engine in the foreground, or look after one.\n\n" +
+			"Settings come from --config, a buildkitd.toml; what flags say comes first. TCP is served with mutual TLS only.",
+		Args: args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.daemon(cmd.Context(), addr, idle)
+			return a.daemon(cmd.Context(), d)
 		},
 	}
-	cmd.Flags().StringVar(&addr, "addr", "", "listen at this unix://PATH (default: where other commands look)")
-	cmd.Flags().DurationVar(&idle, "idle-timeout", 0, "stop after this long without connections, builds and containers (0: never)")
-	cmd.Flags().IntVar(&a.jobs, "jobs", 0, "run so many build steps at once, all builds together [$SLIPWAY_JOBS]\n(default: the number of processors, or what a build asks for)")
-	cmd.Flags().Var(&a.maxMemory, "max-memory", "memory for the build steps that run at once, like 512m or 2g [$SLIPWAY_MAX_MEMORY]\n(default: 80% of the machine's)")
+	f := cmd.Flags()
+	f.StringArrayVar(&d.addr, "addr", nil, "listen at this unix://PATH, tcp://HOST:PORT or fd:// (systemd); may be repeated (default: where other commands look)")
+	f.StringVar(&d.group, "group", "", "group (name or number) that may use the unix sockets")
+	f.StringVar(&d.debugAddr, "debugaddr", "", "serve profiles, variables and metrics at this HOST:PORT")
+	f.StringVar(&d.otelSocket, "otel-socket-path", "", "collect OpenTelemetry traces at this socket")
+	f.StringArrayVar(&d.entitlements, "allow-insecure-entitlement", nil, "let any client ask for network.host, security.insecure or device; may be repeated")
+	f.DurationVar(&d.idle, "idle-timeout", 0, "stop after this long without connections, builds and containers (0: never)")
+	f.IntVar(&a.jobs, "jobs", 0, "run so many build steps at once, all builds together [$SLIPWAY_JOBS]\n(default: the number of processors, or what a build asks for)")
+	f.Var(&a.maxMemory, "max-memory", "memory for the build steps that run at once, like 512m or 2g [$SLIPWAY_MAX_MEMORY]\n(default: 80% of the machine's)")
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "stop", Short: "Stop the engine and wait until it has ended", Args: args(0, 0),
@@ -51,37 +58,139 @@ func newDaemonCommand(a *app) *cobra.Command {
 	return cmd
 }
 
+// daemonFlags are the flags of `slipway daemon`.
+type daemonFlags struct {
+	addr, entitlements           []string
+	group, debugAddr, otelSocket string
+	idle                         time.Duration
+}
+
 // daemon serves until a signal or until it has been idle for long enough.
-func (a *app) daemon(ctx context.Context, addr string, idle time.Duration) error {
+func (a *app) daemon(ctx context.Context, d daemonFlags) error {
 	if a.standalone {
 		return errors.New("--standalone makes no sense for a daemon")
 	}
-	path := a.socket()
-	if addr != "" {
-		var err error
-		if path, err = socketPath(addr); err != nil {
-			return err
-		}
+	if d.idle < 0 {
+		return fmt.Errorf("--idle-timeout %s: is negative", d.idle)
 	}
-	if idle < 0 {
-		return fmt.Errorf("--idle-timeout %s: is negative", idle)
-	}
-	e, err := openEngine(ctx, a.engineOptions())
+	conf, err := a.loadConfig()
 	if err != nil {
 		return err
 	}
-	listener, err := listen(ctx, path)
-	if err != nil {
-		return errors.Join(err, e.Close())
+	if conf.Root != "" && !a.rootGiven {
+		if a.root, err = filepath.Abs(conf.Root); err != nil {
+			return err
+		}
 	}
-	err = e.Serve(ctx, listener, idle)
+	switch {
+	case len(d.addr) > 0:
+		conf.GRPC.Address = d.addr
+	case len(conf.GRPC.Address) == 0 || a.host != "":
+		conf.GRPC.Address = []string{a.address()}
+	}
+	if a.debug {
+		conf.Log.Level = "debug"
+	}
+	if a.tls.ca != "" || a.tls.cert != "" || a.tls.key != "" || a.tls.dir != "" {
+		t, err := a.tls.resolve()
+		if err != nil {
+			return err
+		}
+		conf.GRPC.TLS = config.TLS{CA: t.ca, Cert: t.cert, Key: t.key}
+	}
+	if d.group != "" {
+		gid, err := groupID(d.group)
+		if err != nil {
+			return fmt.Errorf("--group: %w", err)
+		}
+		conf.GRPC.GID = &gid
+	}
+	conf.GRPC.DebugAddress = cmp.Or(d.debugAddr, conf.GRPC.DebugAddress)
+	conf.OTEL.SocketPath = cmp.Or(d.otelSocket, conf.OTEL.SocketPath)
+	if len(d.entitlements) > 0 {
+		if err := config.CheckEntitlements(d.entitlements); err != nil {
+			return fmt.Errorf("--allow-insecure-entitlement: %w", err)
+		}
+		conf.Entitlements = d.entitlements
+	}
+	options, err := engineOptions(&conf)
+	if err != nil {
+		return err
+	}
+	options.Root, options.OwnerEntitled = a.root, true
+	a.limit(&options)
+	return a.serve(ctx, &conf, options, d.idle, false)
+}
+
+// serve opens the engine and serves what the configuration names. With early clients can connect before the engine is open, and are
+// answered when it is.
+func (a *app) serve(ctx context.Context, conf *config.Config, options engine.Options, idle time.Duration, early bool) error {
+	var listeners []engine.Listener
+	defer func() {
+		for _, l := range listeners {
+			l.Close()
+		}
+	}()
+	var err error
+	if early {
+		if listeners, err = openListeners(ctx, conf.GRPC); err != nil {
+			return err
+		}
+	}
+	exporter, err := spanExporter(ctx)
+	if err != nil {
+		return err
+	}
+	options.Traces = exporter
+	e, err := openEngine(ctx, options)
+	if err != nil {
+		return err
+	}
+	if !early {
+		listeners, err = openListeners(ctx, conf.GRPC)
+	}
+	if err == nil {
+		err = a.serveEngine(ctx, e, conf, listeners, idle)
+	}
 	if closeErr := e.Close(); err == nil {
 		err = closeErr
+	}
+	if exporter != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		if shutErr := exporter.Shutdown(ctx); err == nil && shutErr != nil {
+			err = fmt.Errorf("send the last spans: %w", shutErr)
+		}
 	}
 	var stopped *signalError
 	if errors.As(err, &stopped) {
 		return nil // being told to end is how a daemon ends
 	}
+	return err
+}
+
+// serveEngine returns when the engine is to end.
+func (a *app) serveEngine(ctx context.Context, e *engine.Engine, conf *config.Config, listeners []engine.Listener, idle time.Duration) error {
+	if path := conf.OTEL.SocketPath; path != "" {
+		l, err := listen(ctx, path, conf.GRPC)
+		if err != nil {
+			return fmt.Errorf("traces: %w", err)
+		}
+		defer e.ServeTraces(l)()
+	}
+	if address := conf.GRPC.DebugAddress; address != "" {
+		stop, err := serveDebug(address, e)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	for _, l := range listeners {
+		e.Log().Info("running server", "at", l.Addr().Network()+"://"+l.Addr().String())
+	}
+	notify(daemon.SdNotifyReady)
+	err := e.Serve(ctx, idle, listeners...)
+	notify(daemon.SdNotifyStopping)
 	return err
 }
 
@@ -101,33 +210,13 @@ func openEngine(ctx context.Context, options engine.Options) (*engine.Engine, er
 	}
 }
 
-// listen binds the socket. A file that an engine has left behind is replaced, one that is answered is not.
-func listen(ctx context.Context, path string) (*net.UnixListener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("listen at %s: %w", path, pathReason(err))
-	}
-	if conn, err := unixDialer(path)(ctx); err == nil {
-		conn.Close()
-		return nil, fmt.Errorf("listen at %s: another engine listens there", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("listen at %s: %w", path, pathReason(err))
-		}
-	}
-	// The socket must never be open to others, not even for the moment before a chmod.
-	old := syscall.Umask(0o177)
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	syscall.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("listen at %s: %w", path, reason(err))
-	}
-	return listener, nil
-}
-
 // daemonPID finds the engine of this command line by its socket: the kernel knows who listens.
 func (a *app) daemonPID(ctx context.Context) (int, error) {
 	if a.standalone {
 		return 0, errors.New("--standalone has no daemon")
+	}
+	if _, ok := tcpAddress(a.host); ok {
+		return 0, fmt.Errorf("the engine at %s is reached over TCP: only an engine on a unix socket can be stopped or described", a.host)
 	}
 	conn, err := unixDialer(a.socket())(ctx)
 	if err != nil {

@@ -8,6 +8,8 @@ import (
 	"strconv"
 
 	"github.com/docker/go-units"
+
+	"github.com/seed-68981b69/slipway/engine"
 )
 
 // memorySize is a flag: a number of bytes, written like 512m or 2g.
@@ -52,4 +54,14 @@ func (a *app) settleLimits() error {
 		}
 	}
 	return nil
+}
+
+// limit takes --jobs and --max-memory, where they are given, over what a configuration file says.
+func (a *app) limit(options *engine.Options) {
+	if a.jobs != 0 {
+		options.Jobs = a.jobs
+	}
+	if a.maxMemory != 0 {
+		options.MaxMemory = int64(a.maxMemory)
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"log"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -75,6 +76,10 @@ func Main() int {
 	ctx, stop := signalContext(context.Background())
 	defer stop()
 	a := newApp(os.Stdin, os.Stdout, os.Stderr)
+	if filepath.Base(os.Args[0]) == buildkitdName {
+		a.program = buildkitdName
+		return a.report(a.buildkitd(ctx, os.Args[1:]))
+	}
 	err := a.run(ctx, os.Args[1:])
 	return a.report(err)
 }
@@ -144,7 +149,9 @@ func (a *app) command() *cobra.Command {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.root, "root", os.Getenv("SLIPWAY_ROOT"), "state directory [$SLIPWAY_ROOT]")
-	flags.StringVar(&a.host, "host", os.Getenv("SLIPWAY_HOST"), "address of the engine, unix://PATH [$SLIPWAY_HOST]")
+	flags.StringVar(&a.host, "host", os.Getenv("SLIPWAY_HOST"), "address of the engine, unix://PATH or tcp://HOST:PORT [$SLIPWAY_HOST]")
+	flags.StringVar(&a.config, "config", os.Getenv("SLIPWAY_CONFIG"), "configuration file of an engine that is started (default: /etc/slipway/slipway.toml, /etc/buildkit/buildkitd.toml) [$SLIPWAY_CONFIG]")
+	a.tls.addFlags(flags)
 	flags.BoolVar(&a.standalone, "standalone", envBool("SLIPWAY_STANDALONE"), "run the engine inside this process [$SLIPWAY_STANDALONE]")
 	flags.BoolVar(&a.debug, "debug", envBool("SLIPWAY_DEBUG"), "log what happens inside [$SLIPWAY_DEBUG]")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
@@ -208,7 +215,7 @@ func (a *app) report(err error) int {
 	case errors.As(err, &sig):
 		code = 128 + int(sig.sig)
 	}
-	fmt.Fprintf(a.err, "slipway: %s\n", message(err))
+	fmt.Fprintf(a.err, "%s: %s\n", a.program, message(err))
 	if a.debug {
 		fmt.Fprintf(a.err, "%+v\n", stack.Formatter(err))
 	}

@@ -35,7 +35,7 @@ import (
 // TestMain makes the test binary be the program when it is called by that name, which scripts do. Engines that
 // commands start in the background are then this binary too.
 func TestMain(m *testing.M) {
-	if filepath.Base(os.Args[0]) != "slipway" {
+	if name := filepath.Base(os.Args[0]); name != "slipway" && name != buildkitdName {
 		flag.Parse()
 		limit := true
 		flag.Visit(func(f *flag.Flag) { limit = limit && f.Name != "test.parallel" })
@@ -43,7 +43,8 @@ func TestMain(m *testing.M) {
 			_ = flag.Set("test.parallel", "2") // every script has an engine and containers of its own
 		}
 	}
-	testscript.Main(m, map[string]func(){"slipway": func() { os.Exit(Main()) }})
+	program := func() { os.Exit(Main()) }
+	testscript.Main(m, map[string]func(){"slipway": program, buildkitdName: program})
 }
 
 // TestScript runs testdata/script/*.txtar: one promise of the program each, kept with real containers, networks and
@@ -66,6 +67,9 @@ func TestMain(m *testing.M) {
 //	daemon-kill                kill -9 of the engine
 //	tmpfs DIR SIZE             mounts a small file system until the script ends
 //	as-nobody PROGRAM…         like exec, as user and group 65534; exit status 1 or 2 is wanted with !
+//	certs DIR                  makes DIR/{ca,cert,key}.pem for clients, DIR/server/… for a server on loopback, and DIR/other/… of another authority
+//	no-mounts DIR              nothing is mounted below DIR
+//	await-mount DIR            waits until something is mounted below DIR
 //	[!] buildctl [ARG...]      BuildKit's own client, which is built when it is needed first, against the script's engine, which is
 //	                           started when none runs; without arguments it makes things ready, and "exec buildctl … &" works from there on
 //
@@ -108,6 +112,9 @@ func TestScript(t *testing.T) {
 			"tmpfs":          scriptTmpfs,
 			"as-nobody":      scriptAsNobody,
 			"buildctl":       scriptBuildctl,
+			"certs":          scriptCerts,
+			"no-mounts":      scriptNoMounts,
+			"await-mount":    scriptAwaitMount,
 		},
 	})
 }
@@ -559,10 +566,12 @@ func scriptDaemonKill(ts *testscript.TestScript, neg bool, args []string) {
 
 // scriptBuildctl runs BuildKit's client with $BUILDKIT_HOST, which it sets to the script's own engine when nothing else has.
 func scriptBuildctl(ts *testscript.TestScript, neg bool, args []string) {
+	program, err := buildctltest.Buildctl()
+	ts.Check(err)
+	if path := ts.Getenv("PATH"); !strings.Contains(path, filepath.Dir(program)) {
+		ts.Setenv("PATH", path+string(os.PathListSeparator)+filepath.Dir(program))
+	}
 	if ts.Getenv("BUILDKIT_HOST") == "" {
-		program, err := buildctltest.Buildctl()
-		ts.Check(err)
-		ts.Setenv("PATH", ts.Getenv("PATH")+string(os.PathListSeparator)+filepath.Dir(program))
 		a := &app{root: ts.Getenv("SLIPWAY_ROOT")}
 		ts.Setenv("BUILDKIT_HOST", "unix://"+a.socket())
 		if _, err := a.daemonPID(context.Background()); err != nil {

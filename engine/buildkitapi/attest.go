@@ -117,7 +117,7 @@ func (r *sbomRequest) scan(ctx context.Context, client *gateway.Client, res *gwc
 	if err != nil {
 		return err
 	}
-	platform := Platforms()[0]
+	platform := client.BuildOpts().Workers[0].Platforms[0]
 	scanner, err := sbom.CreateSBOMScanner(ctx, client, r.scanner, platform, sourceresolver.Opt{
 		ImageOpt: &sourceresolver.ResolveImageOpt{ResolveMode: r.resolveMode, Platform: &platform},
 	}, r.params)

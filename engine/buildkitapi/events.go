@@ -100,6 +100,13 @@ func (e *events) end() *bkclient.SolveStatus {
 	return last
 }
 
+// all returns what has happened so far.
+func (e *events) all() []*bkclient.SolveStatus {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.list[:len(e.list):len(e.list)]
+}
+
 // openVertices returns the last state of each vertex that has begun and not ended, ended now.
 func openVertices(list []*bkclient.SolveStatus) []*bkclient.Vertex {
 	last := map[digest.Digest]*bkclient.Vertex{}

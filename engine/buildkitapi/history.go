@@ -228,13 +228,18 @@ func (s *Server) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream 
 // but to wait.
 func (s *Server) UpdateBuildHistory(ctx context.Context, req *controlapi.UpdateBuildHistoryRequest) (*controlapi.UpdateBuildHistoryResponse, error) {
 	var err error
+	if req.Ref == "" {
+		return nil, status.Error(codes.InvalidArgument, "which build? the request has no ref")
+	}
 	switch {
 	case req.Delete:
 		if err = s.History.Delete(ctx, req.Ref); err == nil && s.Collect != nil {
 			s.Collect()
 		}
 	case req.Finalize:
-		err = s.History.Settle(ctx)
+		if err = s.History.Settle(ctx); err == nil {
+			err = s.pending.finalize(ctx, req.Ref)
+		}
 	default:
 		err = s.History.Pin(ctx, req.Ref, req.Pinned)
 	}

@@ -52,6 +52,9 @@ func (peerCredentials) OverrideServerName(string) error { return nil }
 
 // PeerUID returns the user at the other end of a unix socket.
 func PeerUID(conn net.Conn) (uint32, error) {
+	if network := conn.LocalAddr().Network(); network != "unix" {
+		return 0, fmt.Errorf("peer of a %s connection: only unix sockets know it", network)
+	}
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
 		return 0, fmt.Errorf("peer of a %T: not a socket", conn)

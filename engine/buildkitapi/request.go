@@ -5,6 +5,7 @@ package buildkitapi
 import (
 	"context"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 )
 
@@ -40,6 +42,8 @@ type request struct {
 	// verifyCache has every hit made again and compared; jobs bounds the steps of this build, 0 is the engine's default.
 	verifyCache bool
 	jobs        int
+	// internal builds are not recorded.
+	internal bool
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
 	clientFrontend bool
 }
@@ -63,6 +67,7 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		opts:         maps.Clone(req.FrontendAttrs),
 		inputs:       req.FrontendInputs,
 		entitlements: req.Entitlements,
+		internal:     req.Internal,
 		localIDs:     map[string]string{},
 
 		policy: req.SourcePolicy, policySession: req.SourcePolicySession,
@@ -91,6 +96,12 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	if err := checkCache(req.Cache); err != nil {
 		return nil, err
 	}
+	if err := s.checkEntitlements(req.Entitlements, s.OwnerEntitled && samePeerUser(ctx)); err != nil {
+		return nil, err
+	}
+	if err := s.checkFrontend(r.frontend); err != nil {
+		return nil, err
+	}
 	for attr, value := range r.opts {
 		if name, ok := strings.CutPrefix(attr, "local-sessionid:"); ok {
 			r.localIDs[name] = value
@@ -111,6 +122,26 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	}
 	r.clientFrontend = r.definition == nil && r.frontend == ""
 	return r, s.parseExporters(req, r)
+}
+
+// checkEntitlements refuses what the engine does not let a client ask for. owner says that it may ask for everything.
+func (s *Server) checkEntitlements(names []string, owner bool) error {
+	for _, name := range names {
+		kind, _, _ := strings.Cut(name, "=") // "device=…"
+		if !owner && !slices.Contains(s.Entitlements, kind) {
+			return status.Errorf(codes.PermissionDenied,
+				"entitlement %s is not allowed by the engine: it must be started with --allow-insecure-entitlement %s, or have it under insecure-entitlements in its configuration file", name, kind)
+		}
+	}
+	return nil
+}
+
+// checkFrontend refuses a frontend that is switched off.
+func (s *Server) checkFrontend(name string) error {
+	if name == dockerfile.Name && s.Frontends.NoDockerfile || name == "gateway.v0" && s.Frontends.NoGateway {
+		return status.Errorf(codes.PermissionDenied, "frontend %s is switched off in the engine's configuration (frontend.%q.enabled)", name, name)
+	}
+	return nil
 }
 
 func checkCache(c *controlapi.CacheOptions) error {

@@ -15,9 +15,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/pkg/filters"
 	"github.com/containerd/platforms"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	apitypes "github.com/moby/buildkit/api/types"
@@ -28,10 +31,13 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/util/grpcerrors"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	tracev1 "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
 	"github.com/seed-68981b69/slipway/cache"
@@ -46,6 +52,9 @@ import (
 
 // BuildKitVersion is the release of BuildKit whose API this is; clients decide by it what they may ask for.
 const BuildKitVersion = "v0.34.2"
+
+// Package is the module that clients are told of beside the version.
+const Package = "github.com/seed-68981b69/slipway"
 
 // maxMessage is BuildKit's own bound for a gRPC message, in bytes.
 const maxMessage = 16 << 20
@@ -67,6 +76,18 @@ type Options struct {
 	Prune func(ctx context.Context, policies []cache.Policy) (cache.Pruned, error)
 	// Policies are by what the engine collects garbage itself.
 	Policies []cache.Policy
+	// Entitlements are what any client may ask for. OwnerEntitled lets a client on this host that is the engine's own user
+	// ask for everything.
+	Entitlements  []string
+	OwnerEntitled bool
+	// Platforms are what clients are told can be built for; none means what is found.
+	Platforms []ocispec.Platform
+	// Frontends says which frontends clients may ask for.
+	Frontends Frontends
+	// AuthTimeout is how long a client may take to give credentials; nil is BuildKit's default, and what is not positive no limit.
+	AuthTimeout *time.Duration
+	// Traces receives the spans of builds and those that clients send; nil keeps them for the history only.
+	Traces sdktrace.SpanExporter
 	// Dir is for directories that clients send; what is in it does not outlive the process.
 	Dir string
 	// WorkerID and Labels describe this engine to clients.
@@ -87,6 +108,14 @@ type Options struct {
 	Log  *slog.Logger
 }
 
+// Frontends says which frontends clients may ask for.
+type Frontends struct {
+	// NoDockerfile and NoGateway switch off "dockerfile.v0", and "gateway.v0" with frontends from images.
+	NoDockerfile, NoGateway bool
+	// Repositories are the only ones that frontends may come from, by name without tag; none means any.
+	Repositories []string
+}
+
 // Server is the API. Its methods may be called concurrently.
 type Server struct {
 	controlapi.UnimplementedControlServer
@@ -96,6 +125,11 @@ type Server struct {
 	bridges  *bridges
 	health   *health.Server
 	cleanups sync.WaitGroup
+	traces   *traces
+	pending  pendingTraces
+	closing  chan struct{} // closed by Close
+	shut     sync.Once
+	stats    stats
 
 	activity sync.Mutex // guards what follows
 	running  int        // builds
@@ -181,7 +215,7 @@ func New(opts Options) (*Server, error) {
 	if err := sweepTransfers(opts.Dir); err != nil {
 		return nil, err
 	}
-	s := &Server{Options: opts, sessions: sessions, builds: newBuilds(), health: health.NewServer()}
+	s := &Server{Options: opts, sessions: sessions, builds: newBuilds(), health: health.NewServer(), traces: newTraces(opts.Traces), closing: make(chan struct{}), stats: newStats()}
 	s.bridges = &bridges{builds: s.builds}
 	return s, nil
 }
@@ -198,7 +232,9 @@ func (s *Server) NewGRPC() *grpc.Server {
 	controlapi.RegisterControlServer(g, s)
 	gwpb.RegisterLLBBridgeServer(g, s.bridges)
 	contentapi.RegisterContentServer(g, &contentServer{history: s.History})
+	tracev1.RegisterTraceServiceServer(g, s.traces)
 	grpc_health_v1.RegisterHealthServer(g, s.health)
+	reflection.Register(g)
 	return g
 }
 
@@ -214,6 +250,7 @@ func (s *Server) Cancel(cause error) {
 // Close waits for what goes on after builds. All builds must have ended.
 func (s *Server) Close() error {
 	s.health.Shutdown()
+	s.shut.Do(func() { close(s.closing) })
 	s.cleanups.Wait()
 	return nil
 }
@@ -225,20 +262,23 @@ func (s *Server) Info(context.Context, *controlapi.InfoRequest) (*controlapi.Inf
 
 func (s *Server) version() *apitypes.BuildkitVersion {
 	return &apitypes.BuildkitVersion{
-		Package:           "github.com/seed-68981b69/slipway",
+		Package:           Package,
 		Version:           BuildKitVersion,
 		Revision:          s.Version,
 		DockerfileVersion: dockerfile.Version(),
 	}
 }
 
-// Platforms are what images can be built for and their steps run on here.
-func Platforms() []ocispec.Platform {
+// platforms are what images can be built for and their steps run on here.
+func (s *Server) platforms() []ocispec.Platform {
+	if len(s.Platforms) > 0 {
+		return s.Platforms
+	}
 	return []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}
 }
 
 func (s *Server) workers() []gwclient.WorkerInfo {
-	return []gwclient.WorkerInfo{{ID: s.WorkerID, Labels: s.labels(), Platforms: Platforms()}}
+	return []gwclient.WorkerInfo{{ID: s.WorkerID, Labels: s.labels(), Platforms: s.platforms()}}
 }
 
 func (s *Server) labels() map[string]string {
@@ -249,13 +289,27 @@ func (s *Server) labels() map[string]string {
 
 // ListWorkers implements the Control API: the engine is one worker.
 func (s *Server) ListWorkers(_ context.Context, req *controlapi.ListWorkersRequest) (*controlapi.ListWorkersResponse, error) {
-	if len(req.Filter) > 0 {
-		return nil, status.Error(codes.Unimplemented, "not supported yet: filters for workers")
+	labels := s.labels()
+	filter, err := filters.ParseAll(req.Filter...)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	if !filter.Match(filters.AdapterFunc(func(path []string) (string, bool) {
+		switch {
+		case len(path) == 1 && path[0] == "id":
+			return s.WorkerID, true
+		case len(path) > 1 && path[0] == "labels":
+			value, ok := labels[strings.Join(path[1:], ".")]
+			return value, ok
+		}
+		return "", false
+	})) {
+		return &controlapi.ListWorkersResponse{}, nil
 	}
 	return &controlapi.ListWorkersResponse{Record: []*apitypes.WorkerRecord{{
 		ID:              s.WorkerID,
-		Labels:          s.labels(),
-		Platforms:       pb.PlatformsFromSpec(Platforms()),
+		Labels:          labels,
+		Platforms:       pb.PlatformsFromSpec(s.platforms()),
 		GCPolicy:        gcPolicies(s.Policies),
 		BuildkitVersion: s.version(),
 	}}}, nil

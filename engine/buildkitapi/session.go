@@ -31,7 +31,9 @@ const sessionTimeout = 10 * time.Second
 // clientSession is what a build may ask its client for, over BuildKit's session protocol.
 type clientSession struct {
 	manager *session.Manager
-	id      string
+	// authTimeout is how long the client may take to give credentials; what is not positive is no limit.
+	authTimeout time.Duration
+	id          string
 	// localIDs are sessions of other clients for single local sources ("local-sessionid:NAME").
 	localIDs map[string]string
 	// direct are the directories that the engine reads itself.
@@ -160,6 +162,14 @@ func (s *clientSession) SSHAgent(ctx context.Context, id string) (string, func()
 	}, nil
 }
 
+// authTimeout is how long clients may take to give credentials.
+func (s *Server) authTimeout() time.Duration {
+	if s.AuthTimeout != nil {
+		return *s.AuthTimeout
+	}
+	return auth.SessionAuthTimeout
+}
+
 // Credentials implements solver.Session.
 func (s *clientSession) Credentials(ctx context.Context, host string) (string, string, error) {
 	if s.id == "" {
@@ -169,8 +179,11 @@ func (s *clientSession) Credentials(ctx context.Context, host string) (string, s
 	if err != nil {
 		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, auth.SessionAuthTimeout, errors.New("the client did not answer"))
-	defer cancel()
+	if s.authTimeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, s.authTimeout, errors.New("the client did not answer"))
+		defer cancel()
+	}
 	response, err := auth.NewAuthClient(caller.Conn()).Credentials(caller.Context(ctx), &auth.CredentialsRequest{Host: host})
 	switch {
 	case grpcerrors.Code(err) == codes.Unimplemented:

@@ -35,7 +35,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		s.builds.refuse(in.Ref)
 		return nil, err
 	}
-	session := &clientSession{manager: s.sessions, id: req.session, localIDs: req.localIDs, direct: req.localDirs, dir: s.Dir}
+	session := &clientSession{manager: s.sessions, authTimeout: s.authTimeout(), id: req.session, localIDs: req.localIDs, direct: req.localDirs, dir: s.Dir}
 	s.enter()
 	defer func() { s.leave(session.received()) }()
 	end := func() {}
@@ -98,7 +98,12 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		solverBuild.Close()
 		return nil, err
 	}
-	record := s.beginHistory(in, req, started)
+	traced := s.traces.begin(ctx)
+	recorded := !req.internal && !s.History.Off
+	var record *controlapi.BuildHistoryRecord
+	if recorded {
+		record = s.beginHistory(in, req, started)
+	}
 	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
 	response, err := s.run(ctx, b, client, session, req, &made)
 	err = req.attests.sbom.explain(err)
@@ -109,11 +114,21 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	}
 	solverBuild.Close()
 	recorder.end()
-	record.CompletedAt = timestamppb.Now()
-	s.History.Closing(req.ref)
+	if recorded {
+		record.CompletedAt = timestamppb.Now()
+		s.History.Closing(req.ref)
+	}
 	s.builds.end(b)
 	reports := solverBuild.Reports()
-	after = func() { s.finishHistory(record, recorder, req, reports, &made, response, err) }
+	s.stats.add(started, recorder, err)
+	after = func() {
+		if recorded {
+			s.finishHistory(record, recorder, req, reports, &made, response, err)
+		} else {
+			recorder.close()
+		}
+	}
+	s.finishTrace(traced, b, recorded, err)
 	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
 	if err != nil {
 		return nil, err

@@ -60,7 +60,7 @@ type Config struct {
 
 	// Path is the file that was read, "" when there was none.
 	Path string `toml:"-"`
-	// Warnings are what the file says to no effect, a line each.
+	// Warnings are what is said to no effect, a line each.
 	Warnings []string `toml:"-"`
 }
 
@@ -159,6 +159,9 @@ func Load(path string) (Config, error) {
 		return Config{}, fmt.Errorf("configuration file %s: %w", path, err)
 	}
 	c.Path = path
+	for i, w := range c.Warnings {
+		c.Warnings[i] = fmt.Sprintf("configuration file %s: %s", path, w)
+	}
 	return c, nil
 }
 

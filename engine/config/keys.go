@@ -171,6 +171,19 @@ func check(tree map[string]any) (warnings []string, err error) {
 	return warnings, errors.Join(refused...)
 }
 
+// Check refuses a value for a key that asks for what is not supported.
+func Check(path string, value any) error {
+	key := find(strings.Split(path, "."))
+	if key == nil || key.Status == Refused && !key.allows(value) {
+		why := "there is no such key"
+		if key != nil {
+			why = key.Why
+		}
+		return fmt.Errorf("%v is not supported: %s", value, why)
+	}
+	return nil
+}
+
 // allows says whether value asks for nothing.
 func (k *Key) allows(value any) bool {
 	switch v := value.(type) {

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"time"
 
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/opencontainers/go-digest"
@@ -43,11 +44,15 @@ var ErrNotFound = errors.New("no such build in the history")
 type Options struct {
 	Records *record.Store
 	Blobs   *blob.Store
-	// MaxBuilds is how many builds are kept, 0 means 200. MaxBytes bounds the blobs of builds, and separately those of
+	// MaxBuilds is how many builds are kept; 0 means 200, or none but those of MaxAge when that is set. With MaxAge only builds that
+	// are older go because they are too many (BuildKit's rule). MaxBytes bounds the blobs of builds, and separately those of
 	// input lists, in bytes; 0 means 256 MiB. The newest build is kept in any case.
 	MaxBuilds int
+	MaxAge    time.Duration
 	MaxBytes  int64
-	Log       *slog.Logger
+	// Off keeps nothing new; what is there stays.
+	Off bool
+	Log *slog.Logger
 }
 
 // Store is the history. Its methods may be called concurrently.
@@ -75,7 +80,7 @@ type entry struct {
 
 // Open reads the history. What cannot be read is dropped.
 func Open(o Options) (*Store, error) {
-	if o.MaxBuilds <= 0 {
+	if o.MaxBuilds <= 0 && o.MaxAge <= 0 {
 		o.MaxBuilds = defaultMaxBuilds
 	}
 	if o.MaxBytes <= 0 {
@@ -105,6 +110,11 @@ func Open(o Options) (*Store, error) {
 	})
 	if err == nil && len(bad) > 0 {
 		err = o.Records.ChangeValues(Bucket, bad)
+	}
+	if err == nil {
+		s.mu.Lock()
+		err = s.trim()
+		s.mu.Unlock()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open build history: %w", err)
@@ -202,7 +212,8 @@ func (s *Store) trim() error {
 		}
 		number++
 		size += e.Bytes
-		if i > 0 && (number > s.MaxBuilds || size > s.MaxBytes) {
+		tooMany := number > s.MaxBuilds && (s.MaxAge <= 0 || time.Since(e.record.CompletedAt.AsTime()) > s.MaxAge)
+		if i > 0 && (tooMany || size > s.MaxBytes) {
 			if err := s.remove(ref); err != nil {
 				return err
 			}
@@ -327,6 +338,35 @@ func (s *Store) Pin(ctx context.Context, ref string, pinned bool) error {
 	}
 	s.send(controlapi.BuildHistoryEventType_COMPLETE, e.record)
 	return nil
+}
+
+// Attach changes the record of a build that has ended and gives it further blobs of its own. A build that has been deleted
+// meanwhile stays so, and its blobs are nobody's.
+func (s *Store) Attach(ref string, own []ocispec.Descriptor, change func(*controlapi.BuildHistoryRecord)) error {
+	if err := s.Settle(context.Background()); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.ended[ref]
+	if old == nil {
+		return nil
+	}
+	e := *old
+	e.record = proto.CloneOf(old.record)
+	change(e.record)
+	e.record.Generation++
+	e.Own, e.Blobs = slices.Clone(old.Own), slices.Clone(old.Blobs)
+	for _, d := range own {
+		e.Own = append(e.Own, d.Digest)
+		e.Blobs = append(e.Blobs, d.Digest)
+		e.Bytes += d.Size
+	}
+	if err := s.put(ref, &e); err != nil {
+		return err
+	}
+	s.send(controlapi.BuildHistoryEventType_COMPLETE, e.record)
+	return s.trim()
 }
 
 // Delete deletes a build. A build that has not ended cannot be deleted.

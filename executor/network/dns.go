@@ -22,6 +22,36 @@ const resolvConf = "/etc/resolv.conf"
 // dnsTimeout is how long the host's resolver may take.
 const dnsTimeout = 10 * time.Second
 
+// DNS is how names are resolved instead of the host's way. What is empty is as on the host.
+type DNS struct {
+	Nameservers, SearchDomains, Options []string
+}
+
+// Apply replaces in a resolv.conf what d says. A nil d changes nothing.
+func (d *DNS) Apply(host []byte) []byte {
+	if d == nil {
+		return host
+	}
+	set := map[string][]string{"nameserver": d.Nameservers, "search": d.SearchDomains, "options": d.Options}
+	var conf []byte
+	for line := range strings.Lines(string(host)) {
+		fields := strings.Fields(line)
+		if len(fields) > 0 && (len(set[fields[0]]) > 0 || fields[0] == "domain" && len(d.SearchDomains) > 0) {
+			continue
+		}
+		conf = append(conf, strings.TrimRight(line, "\n")+"\n"...)
+	}
+	for _, s := range d.Nameservers {
+		conf = fmt.Appendf(conf, "nameserver %s\n", s)
+	}
+	for _, kind := range []string{"search", "options"} {
+		if len(set[kind]) > 0 {
+			conf = fmt.Appendf(conf, "%s %s\n", kind, strings.Join(set[kind], " "))
+		}
+	}
+	return conf
+}
+
 // ResolvConf makes the resolv.conf of a container from the host's. In a namespace of its own a container can reach
 // neither a resolver on the host's loopback nor, here, one with an IPv6 address; those are left out, and when none is
 // left the engine forwards queries that come to the gateway to the host's resolver.
@@ -30,7 +60,7 @@ func (n *Network) ResolvConf() ([]byte, error) {
 	if err != nil && !os.IsNotExist(err) {
 		return nil, fmt.Errorf("read the host's resolver configuration: %w", err)
 	}
-	conf, servers, unreachable := rewriteResolvConf(host)
+	conf, servers, unreachable := rewriteResolvConf(n.names.Apply(host))
 	if len(servers) > 0 {
 		return conf, nil
 	}

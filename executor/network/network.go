@@ -49,6 +49,8 @@ type Options struct {
 	Root string
 	// PoolSize is how many namespaces are kept for the next containers at most; 0 means 4.
 	PoolSize int
+	// DNS says how containers resolve names; nil is the host's way.
+	DNS *DNS
 	// Log gets what goes wrong in the background; nil means slog.Default.
 	Log *slog.Logger
 }
@@ -63,6 +65,7 @@ type Network struct {
 	gateway  netip.Addr
 	mtu      int
 	poolSize int
+	names    *DNS
 	wg       sync.WaitGroup // background work: filling the pool, deleting namespaces
 
 	mu      sync.Mutex // guards what follows
@@ -82,6 +85,7 @@ func New(opts Options) (*Network, error) {
 		log:      opts.Log,
 		id:       hex.EncodeToString(sum[:4]),
 		poolSize: opts.PoolSize,
+		names:    opts.DNS,
 		inUse:    map[netip.Addr]struct{}{},
 	}
 	if n.log == nil {

@@ -30,6 +30,23 @@ func prefixes(s ...string) []netip.Prefix {
 	return out
 }
 
+func TestDNS(t *testing.T) {
+	const host = "# by hand\nnameserver 10.0.0.1\nnameserver 10.0.0.2\ndomain old.test\nsearch old.test\noptions ndots:5\nsortlist 10.0.0.0\n"
+	for _, tc := range []struct {
+		dns  *DNS
+		want string
+	}{
+		{nil, host},
+		{&DNS{}, host},
+		{&DNS{Nameservers: []string{"192.0.2.1", "192.0.2.2"}}, "# by hand\ndomain old.test\nsearch old.test\noptions ndots:5\nsortlist 10.0.0.0\nnameserver 192.0.2.1\nnameserver 192.0.2.2\n"},
+		{&DNS{SearchDomains: []string{"a.test", "b.test"}, Options: []string{"edns0"}}, "# by hand\nnameserver 10.0.0.1\nnameserver 10.0.0.2\nsortlist 10.0.0.0\nsearch a.test b.test\noptions edns0\n"},
+	} {
+		if got := string(tc.dns.Apply([]byte(host))); got != tc.want {
+			t.Errorf("%+v:\ngot  %q\nwant %q", tc.dns, got, tc.want)
+		}
+	}
+}
+
 func TestChooseSubnet(t *testing.T) {
 	for _, tc := range []struct {
 		taken []netip.Prefix

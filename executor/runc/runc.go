@@ -42,6 +42,8 @@ type Options struct {
 	// Network serves NetworkBridge. Nil means that there is none, for the reason in NetworkError.
 	Network      *network.Network
 	NetworkError error
+	// DNS says how containers on the host's network resolve names; nil is the host's way.
+	DNS *network.DNS
 	// RunDir is where run-time state goes; "" means a directory in /run made from StateDir.
 	RunDir string
 	// StandardInit has all containers made by libcontainer's own init, which takes four times as long. It is there to
@@ -298,6 +300,7 @@ func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
 		if resolvConf, err = os.ReadFile("/etc/resolv.conf"); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
+		resolvConf = p.r.opts.DNS.Apply(resolvConf)
 	case executor.NetworkNone:
 		resolvConf = []byte{}
 	}

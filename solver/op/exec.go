@@ -4,6 +4,7 @@ package op
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -482,7 +483,7 @@ func (s *step) spec(ctx context.Context) (executor.Spec, error) {
 		Network:         network,
 		Privileged:      op.Security == pb.SecurityMode_INSECURE,
 		NoNewPrivileges: false, // sudo works in a build step, as it does in BuildKit's
-		CgroupParent:    meta.CgroupParent,
+		CgroupParent:    cmp.Or(meta.CgroupParent, deps.DefaultCgroupParent),
 		Resources:       resources(s.op.res),
 	}
 	for _, h := range meta.ExtraHosts {

@@ -47,6 +47,8 @@ type Deps struct {
 	TempDir string
 	// DefaultNetwork is what a step gets that names no network; "" means a bridge.
 	DefaultNetwork executor.NetworkMode
+	// DefaultCgroupParent is the cgroup of a step that names none, relative to the engine's.
+	DefaultCgroupParent string
 	// Allowed says whether the build that env belongs to may use an entitlement. nil allows none.
 	Allowed func(env *solver.Env, entitlement string) bool
 	// Now is the clock for files that a build makes; nil means time.Now.
