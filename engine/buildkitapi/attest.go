@@ -214,6 +214,7 @@ func (s *Server) newOrigin(b *solver.Build, req *request, started time.Time) *pr
 		Solver: b, Request: gateway.Request{Frontend: req.frontend, Opts: req.opts, Inputs: req.inputs},
 		InvocationID: strings.ToLower(rand.Text()), Started: started, CompatibilityVersion: currentCompatibility,
 		DockerfileFrontend: dockerfile.Name, DockerfileVersion: dockerfile.Version(),
+		Environment: s.ProvenanceEnvironment,
 	}
 }
 

@@ -97,6 +97,8 @@ type Options struct {
 	Version string
 	// Begin is called before every build and what it returns after it, however it ended. May be nil.
 	Begin func(ref string) (end func())
+	// ProvenanceEnvironment is what every provenance says of the machine; may be nil.
+	ProvenanceEnvironment map[string]any
 	// History keeps what is known of builds that have ended.
 	History *history.Store
 	// Collect is called when something has been deleted from the history: other blobs may not be needed any more. May be nil.

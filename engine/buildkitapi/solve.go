@@ -173,7 +173,11 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 		return nil, err
 	}
 	if made.result, err = capture(made.origin, res); err != nil {
-		return nil, err
+		if req.attests.provenance != nil {
+			return nil, err
+		}
+		s.Log.Warn("collect the provenance of a build", "build", req.ref, "error", err)
+		made.result = &origin{layers: map[string]exporter.LayerBlobs{}}
 	}
 	if err := req.attests.sbom.scan(ctx, client, res); err != nil {
 		return nil, err

@@ -39,6 +39,8 @@ type Build struct {
 	CompatibilityVersion int
 	// DockerfileFrontend is the name of the frontend that has DockerfileVersion.
 	DockerfileFrontend, DockerfileVersion string
+	// Environment is what the engine's administrator has to say about the machine; nil for nothing.
+	Environment map[string]any
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 
@@ -64,7 +66,7 @@ func (b *Build) Capture(ref *gateway.Reference, id string, all []exptypes.Platfo
 	}
 	var images []types.ImageSource
 	for _, i := range by.ResolvedImages() {
-		images = append(images, types.ImageSource{Ref: i.Ref, Platform: i.Platform, Digest: i.Digest})
+		images = append(images, types.ImageSource{Ref: i.Ref, Platform: i.Platform, Digest: i.Digest, Local: i.Local})
 	}
 	for _, i := range ofPlatform(images, id, all) {
 		c.AddImage(i)

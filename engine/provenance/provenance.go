@@ -155,6 +155,9 @@ func (f *Facts) Predicate(ctx context.Context, o Options, layers exporter.LayerB
 	if request.Frontend == b.DockerfileFrontend {
 		p.BuildDefinition.InternalParameters.DockerfileVersion = b.DockerfileVersion
 	}
+	if len(b.Environment) > 0 {
+		p.BuildDefinition.InternalParameters.ProvenanceCustomEnv = maps.Clone(b.Environment)
+	}
 	if o.Mode == Min {
 		if minimize(request) {
 			md.Completeness.Request = false

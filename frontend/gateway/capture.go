@@ -30,6 +30,8 @@ type ResolvedImage struct {
 	Ref      string
 	Platform *ocispec.Platform
 	Digest   digest.Digest
+	// Local says that it is in an OCI layout of the client, not in a registry.
+	Local bool
 }
 
 // asked is what a frontend has asked its Client for, which provenance tells.

@@ -326,9 +326,13 @@ func (c *Client) resolveLayout(ctx context.Context, op *pb.SourceOp, name string
 		}
 		noConfig = image.NoConfig
 	}
-	return c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
+	meta, err := c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
 		return c.Layouts(ctx, env, name, session, store, platform)
 	})
+	if err == nil {
+		c.asked.addImage(ResolvedImage{Ref: name, Platform: platform, Digest: meta.Image.Digest, Local: true})
+	}
+	return meta, err
 }
 
 // resolve shows a look-up of op's image as a step, and answers with what it finds.

@@ -163,7 +163,7 @@ func (s *source) InputDigest(context.Context, *solver.Env, int, snapshot.Snapsho
 
 // Pin implements solver.Source. The digest is in the name.
 func (s *source) Pin(context.Context, *solver.Env) (solver.Pin, error) {
-	return solver.Pin{Parts: []record.Part{{Name: "digest", Value: s.digest.String()}}}, nil
+	return solver.Pin{Parts: []record.Part{{Name: "digest", Value: s.digest.String()}}, Resolved: s.digest.String()}, nil
 }
 
 // Run implements solver.Op: it makes a snapshot with the file.

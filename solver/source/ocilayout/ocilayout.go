@@ -225,7 +225,7 @@ func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	if err != nil {
 		return solver.Pin{}, err
 	}
-	return solver.Pin{Parts: []record.Part{{Name: "manifest", Value: f.Manifest().String()}}}, nil
+	return solver.Pin{Parts: []record.Part{{Name: "manifest", Value: f.Manifest().String()}}, Resolved: f.Target().String()}, nil
 }
 
 // Run implements solver.Op: it fetches the layers that are not here.
