@@ -6,6 +6,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -68,7 +69,11 @@ const (
 	LabelSnapshots = "slipway.snapshots"
 	LabelHostname  = "org.mobyproject.buildkit.worker.hostname"
 	LabelExecutor  = "org.mobyproject.buildkit.worker.executor"
-	LabelNetwork   = "org.mobyproject.buildkit.worker.network"
+	// What BuildKit's OCI worker says of itself.
+	labelNetwork     = "org.mobyproject.buildkit.worker.network"
+	labelSnapshotter = "org.mobyproject.buildkit.worker.snapshotter"
+	labelProcesses   = "org.mobyproject.buildkit.worker.oci.process-mode"
+	labelSELinux     = "org.mobyproject.buildkit.worker.selinux.enabled"
 )
 
 // Options say how to open an engine.
@@ -143,6 +148,7 @@ type Engine struct {
 	contexts *local.Contexts
 	// extraLabels are the owner's.
 	extraLabels map[string]string
+	stepNetwork executor.NetworkMode
 	// foreign are the mounts below root that are not the engine's: somebody keeps a part of the state on another disk.
 	foreign []string
 	sweeps  sync.WaitGroup
@@ -276,7 +282,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	if err != nil {
 		return err
 	}
-	e.extraLabels = opts.Labels
+	e.extraLabels, e.stepNetwork = opts.Labels, opts.Network
 	builds, err := history.Open(history.Options{
 		Records: st.Records, Blobs: st.Blobs, MaxBuilds: opts.History.MaxBuilds, MaxAge: opts.History.MaxAge, Off: opts.History.Off, Log: e.log,
 	})
@@ -518,6 +524,8 @@ func (e *Engine) labels() map[string]string {
 	if name, err := os.Hostname(); err == nil {
 		labels[LabelHostname] = name
 	}
+	labels[labelNetwork] = string(cmp.Or(e.stepNetwork, executor.NetworkBridge))
+	labels[labelSnapshotter], labels[labelProcesses], labels[labelSELinux] = "overlayfs", "sandbox", "false"
 	maps.Copy(labels, e.extraLabels)
 	return labels
 }

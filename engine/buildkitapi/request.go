@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/distribution/reference"
 	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/solver/pb"
 	spb "github.com/moby/buildkit/sourcepolicy/pb"
@@ -99,9 +100,6 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	if err := s.checkEntitlements(req.Entitlements, s.OwnerEntitled && samePeerUser(ctx)); err != nil {
 		return nil, err
 	}
-	if err := s.checkFrontend(r.frontend); err != nil {
-		return nil, err
-	}
 	for attr, value := range r.opts {
 		if name, ok := strings.CutPrefix(attr, "local-sessionid:"); ok {
 			r.localIDs[name] = value
@@ -136,13 +134,31 @@ func (s *Server) checkEntitlements(names []string, owner bool) error {
 	return nil
 }
 
-// checkFrontend refuses a frontend that is switched off.
-func (s *Server) checkFrontend(name string) error {
-	if name == dockerfile.Name && s.Frontends.NoDockerfile || name == "gateway.v0" && s.Frontends.NoGateway {
+// check refuses a frontend that is switched off, or the image source of one that is not among those that may be used.
+func (f Frontends) check(name, source string) error {
+	if name == dockerfile.Name && f.NoDockerfile || name == gatewayName && f.NoGateway {
 		return status.Errorf(codes.PermissionDenied, "frontend %s is switched off in the engine's configuration (frontend.%q.enabled)", name, name)
 	}
-	return nil
+	if name != gatewayName || len(f.Repositories) == 0 {
+		return nil
+	}
+	repository := func(ref string) string {
+		named, err := reference.ParseNormalizedNamed(ref)
+		if err != nil {
+			return ""
+		}
+		return named.Name()
+	}
+	for _, allowed := range f.Repositories {
+		if r := repository(allowed); r != "" && r == repository(source) {
+			return nil
+		}
+	}
+	return status.Errorf(codes.PermissionDenied, "frontend image %s: its repository is not among those that the engine's configuration allows (frontend.%q.allowedRepositories)", source, gatewayName)
 }
+
+// gatewayName is the frontend that is an image.
+const gatewayName = "gateway.v0"
 
 func checkCache(c *controlapi.CacheOptions) error {
 	if c == nil {

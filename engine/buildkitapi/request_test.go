@@ -53,6 +53,7 @@ func TestRequestsAreCheckedFieldByField(t *testing.T) {
 		{"both", &controlapi.SolveRequest{Ref: "r", Frontend: "dockerfile.v0", Definition: def}, "not both"},
 		{"empty policy", &controlapi.SolveRequest{Ref: "r", SourcePolicy: &spb.Policy{}}, ""},
 		{"policy", &controlapi.SolveRequest{Ref: "r", SourcePolicy: &spb.Policy{Rules: []*spb.Rule{{}}}}, "source policies"},
+		{"internal", &controlapi.SolveRequest{Ref: "r", Internal: true}, ""},
 		{"policy session", &controlapi.SolveRequest{Ref: "r", SourcePolicySession: "s"}, "source policies"},
 		{"proxy", &controlapi.SolveRequest{Ref: "r", ProxyNetwork: true}, "proxy network"},
 		{"session exporter", &controlapi.SolveRequest{Ref: "r", EnableSessionExporter: true}, "session exporters"},

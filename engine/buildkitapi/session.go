@@ -150,16 +150,14 @@ func (s *clientSession) SSHAgent(ctx context.Context, id string) (string, func()
 		}
 		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	socket, closeSocket, err := sshforward.MountSSHSocket(ctx, caller, sshforward.SocketOpt{ID: id, Mode: 0o600})
+	if id == "" {
+		id = sshforward.DefaultID
+	}
+	socket, stop, err := forwardAgent(ctx, caller, s.dir, id)
 	if err != nil {
-		cancel(nil)
 		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)
 	}
-	return socket, func() {
-		cancel(nil)
-		_ = closeSocket()
-	}, nil
+	return socket, stop, nil
 }
 
 // authTimeout is how long clients may take to give credentials.

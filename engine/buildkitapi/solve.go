@@ -80,6 +80,8 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		SessionID:    req.session,
 		Workers:      s.workers(),
 		Frontends:    map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
+
+		AllowFrontend: s.Frontends.check,
 		Entitlements: req.entitlements,
 	}, req.opts, req.inputs)
 	if err != nil {

@@ -267,3 +267,71 @@ func TestInputs(t *testing.T) {
 		t.Errorf("a list that could not be written is there: %v", err)
 	}
 }
+
+// TestMaxAge: with an age, only what is older goes because it is too much (BuildKit's rule); without a number only the age counts.
+func TestMaxAge(t *testing.T) {
+	dir := t.TempDir()
+	s, closeStores := open(t, dir, 0, 0)
+	defer closeStores()
+	now := time.Now().Unix()
+	s.MaxBuilds, s.MaxAge = 1, time.Hour
+	// add ends a build that begins at n at 2n: the first three are long over, the others are not.
+	for ref, n := range map[string]int64{"old1": 1, "old2": 2, "old3": 3} {
+		add(t, s, ref, n, "")
+	}
+	refs := func() string {
+		var list []string
+		for _, rec := range s.Newest(10) {
+			list = append(list, rec.Ref)
+		}
+		return strings.Join(list, " ")
+	}
+	if got := refs(); got != "old3" {
+		t.Errorf("kept %q, want one old build", got)
+	}
+	add(t, s, "new1", now, "")
+	add(t, s, "new2", now+1, "")
+	if got := refs(); got != "new2 new1" {
+		t.Errorf("kept %q, want both that are not old", got)
+	}
+	s.MaxBuilds, s.MaxAge = 0, time.Hour
+	add(t, s, "old4", 4, "")
+	add(t, s, "new3", now+2, "")
+	if got := refs(); got != "new3 new2 new1" {
+		t.Errorf("kept %q, want those that are not old", got)
+	}
+}
+
+func TestAttach(t *testing.T) {
+	s, closeStores := open(t, t.TempDir(), 0, 0)
+	defer closeStores()
+	add(t, s, "a", 1, "")
+	desc, err := s.Blobs.PutBytes(t.Context(), "application/x", []byte("a trace"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	attach := func(ref string) error {
+		return s.Attach(ref, []ocispec.Descriptor{desc}, func(rec *controlapi.BuildHistoryRecord) {
+			rec.Trace = &controlapi.Descriptor{Digest: desc.Digest.String()}
+		})
+	}
+	if err := attach("a"); err != nil {
+		t.Fatal(err)
+	}
+	rec, err := s.Get(t.Context(), "a")
+	if err != nil || rec.Trace.GetDigest() != desc.Digest.String() || rec.Generation != 1 {
+		t.Errorf("record %v, %v", rec, err)
+	}
+	if !s.Names(desc.Digest) {
+		t.Error("the blob is nobody's")
+	}
+	if err := s.Delete(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := attach("a"); err != nil { // it is gone: nothing happens
+		t.Error(err)
+	}
+	if s.Names(desc.Digest) {
+		t.Error("a deleted build names the blob")
+	}
+}

@@ -79,6 +79,8 @@ type Options struct {
 	Frontends map[string]gwclient.BuildFunc
 	// Containers runs the containers of frontends, and frontends that are images; nil refuses both.
 	Containers *op.Containers
+	// AllowFrontend refuses a frontend that the engine does not run; source is the image that gateway.v0 is asked for. nil allows all.
+	AllowFrontend func(name, source string) error
 	// Entitlements are what the client allows its build to ask for.
 	Entitlements []string
 }
@@ -154,6 +156,11 @@ func (c *Client) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclien
 }
 
 func (c *Client) runFrontend(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
+	if c.AllowFrontend != nil {
+		if err := c.AllowFrontend(req.Frontend, req.FrontendOpt["source"]); err != nil {
+			return nil, err
+		}
+	}
 	name := req.Frontend
 	if name == gatewayName {
 		if !c.runsBuiltin(req) {
