@@ -100,7 +100,7 @@ func OpenWith(ctx context.Context, dir string, opt Options) (_ *Store, err error
 	if err := restrict(dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if err := checkVersion(dir); err != nil {
+	if err := checkVersion(opt.FS, dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	// Overlays before the layers that they are made of.
@@ -194,11 +194,11 @@ func restrict(dir string) error {
 }
 
 // checkVersion compares the version file of dir with what this program knows, and writes it in a new store.
-func checkVersion(dir string) error {
+func checkVersion(fs fsys.FS, dir string) error {
 	path := filepath.Join(dir, "version")
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
-		return writeVersion(path)
+		return writeVersion(fs, path)
 	}
 	if err != nil {
 		return err
@@ -216,18 +216,19 @@ func checkVersion(dir string) error {
 	return nil
 }
 
-func writeVersion(path string) error {
+func writeVersion(fs fsys.FS, path string) error {
+	if fs == nil {
+		fs = fsys.OS
+	}
 	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
+	if err := fs.RemoveAll(tmp); err != nil { // of a process that was killed
 		return err
 	}
-	defer f.Close()
-	if _, err := fmt.Fprintln(f, layoutVersion); err != nil {
+	if err := fsys.WriteFile(fs, tmp, fmt.Appendln(nil, layoutVersion), 0o600, true); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
+	if err := fs.Rename(tmp, path); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	return fs.Sync(filepath.Dir(path))
 }

@@ -27,7 +27,18 @@ const (
 	ProblemDatabase = "database"
 	ProblemImage    = "image"
 	ProblemOrphan   = "orphan"
+	// These are found by Checkers, and what the history names by Check.
+	ProblemHistory    = "history"
+	ProblemCacheMount = "cache mount"
+	ProblemVolume     = "volume"
 )
+
+// Checker is a Source that can say what is wrong with what it has.
+type Checker interface {
+	Source
+	// Check reports what is damaged, and what is left over; with repair it takes that away. Nobody else may be using it.
+	Check(ctx context.Context, repair bool) ([]Problem, error)
+}
 
 // Problem is something in the store that is not as it should be.
 type Problem struct {
@@ -69,7 +80,7 @@ func (s *Store) Check(ctx context.Context, opt CheckOptions) ([]Problem, error) 
 	if c.opt.Progress == nil {
 		c.opt.Progress = func(string, int, int) {}
 	}
-	for _, step := range []func(context.Context) error{c.records, c.layers, c.blobs, c.references, c.orphans} {
+	for _, step := range []func(context.Context) error{c.records, c.layers, c.blobs, c.references, c.kept, c.sources, c.orphans} {
 		if err := step(ctx); err != nil {
 			return c.found, fmt.Errorf("check store: %w", err)
 		}
@@ -268,6 +279,51 @@ func (c *checker) references(ctx context.Context) error {
 			if _, err := c.s.Images.Remove(ctx, m.ID.String(), false); err != nil && !errors.Is(err, image.ErrNotFound) {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+// kept looks for blobs that the build history names and that are not there. What is told of a build without its log or
+// explanation is of little use, and the build can be made again: the repair forgets it.
+func (c *checker) kept(ctx context.Context) error {
+	for bucket, description := range keepBuckets {
+		lost := map[string][]byte{}
+		err := c.s.Records.WalkValues(bucket, func(key string, value []byte) error {
+			for _, d := range findDigests(value) {
+				if c.s.Blobs.Has(d) && !c.badBlobs[d] {
+					continue
+				}
+				lost[key] = nil
+				c.add(Problem{
+					Kind: ProblemHistory, Name: key, Repair: c.did(RepairRemoved),
+					Detail: fmt.Sprintf("%s: blob %s, which it names, is missing or damaged", description, d),
+				})
+				return nil
+			}
+			return nil
+		})
+		if err == nil && c.opt.Repair && len(lost) > 0 {
+			err = c.s.Records.ChangeValues(bucket, lost)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sources asks those who have something beside layers, blobs and records.
+func (c *checker) sources(ctx context.Context) error {
+	for _, src := range c.s.sources {
+		checker, ok := src.(Checker)
+		if !ok {
+			continue
+		}
+		found, err := checker.Check(ctx, c.opt.Repair)
+		c.found = append(c.found, found...)
+		if err != nil {
+			return err
 		}
 	}
 	return nil

@@ -30,6 +30,20 @@ type FS interface {
 	Free(path string) (int64, error)
 }
 
+// Watcher is an FS that wants to know of changes which are made without it: those relative to an open directory, which have no
+// path. An error is to be taken as that of the call, which is not made then.
+type Watcher interface {
+	Before(op, path string) error
+}
+
+// Before asks fs about a change that is made without it. path is for the error only.
+func Before(fs FS, op, path string) error {
+	if w, ok := fs.(Watcher); ok {
+		return w.Before(op, path)
+	}
+	return nil
+}
+
 // File is a file open for writing.
 type File interface {
 	io.Writer

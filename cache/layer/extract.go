@@ -13,13 +13,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/index"
 )
 
 // extract makes the files of x in dir, an empty directory that only this process writes to, as overlayfs wants
 // them. Every path is made by name in the descriptor of its parent, which extract has itself just made as a
-// directory; no symlink is ever followed, wherever the entries come from.
-func extract(ctx context.Context, dir string, x *index.Index, open func(index.Entry) (io.ReadCloser, error)) error {
+// directory; no symlink is ever followed, wherever the entries come from. fs is told before each of them (fsys.Before).
+func extract(ctx context.Context, fs fsys.FS, dir string, x *index.Index, open func(index.Entry) (io.ReadCloser, error)) error {
 	w := extractor{open: open, root: os.Geteuid() == 0}
 	defer w.closeAll()
 	for i := range x.Len() {
@@ -32,10 +33,12 @@ func extract(ctx context.Context, dir string, x *index.Index, open func(index.En
 		if err := w.leave(e.Path); err != nil {
 			return err
 		}
-		var err error
-		if i == 0 {
+		err := fsys.Before(fs, "extract", e.Path)
+		switch {
+		case err != nil:
+		case i == 0:
 			err = w.enterRoot(dir, e)
-		} else {
+		default:
 			err = w.add(e)
 		}
 		if err != nil {
@@ -242,7 +245,7 @@ func (s *Store) CopyTree(ctx context.Context, tree Files, dir string) error {
 	}
 	x, err := index.NewChecked(entries)
 	if err == nil {
-		err = extract(ctx, dir, x, func(e index.Entry) (io.ReadCloser, error) { return tree.OpenFile(ctx, e.Path) })
+		err = extract(ctx, s.fs, dir, x, func(e index.Entry) (io.ReadCloser, error) { return tree.OpenFile(ctx, e.Path) })
 	}
 	if err != nil {
 		return fmt.Errorf("copy layers: %w", err)
@@ -267,7 +270,7 @@ func (s *Store) CopyEntries(ctx context.Context, x *index.Index, from, dir strin
 		return fmt.Errorf("copy changes: %w", err)
 	}
 	defer root.Close()
-	if err := extract(ctx, dir, x, func(e index.Entry) (io.ReadCloser, error) {
+	if err := extract(ctx, s.fs, dir, x, func(e index.Entry) (io.ReadCloser, error) {
 		return root.OpenFile(e.Path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
 	}); err != nil {
 		return fmt.Errorf("copy changes: %w", err)

@@ -24,8 +24,8 @@ import (
 
 var quiet = slog.New(slog.DiscardHandler)
 
-// sparseTar has a file whose bytes are not in one piece, so that Unpack makes a tree beside the tar.
-func sparseTar(t *testing.T) []byte {
+// smallTar has a file with two names.
+func smallTar(t *testing.T) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -50,7 +50,7 @@ func sparseTar(t *testing.T) []byte {
 // TestFaults fails every call of every way to change the store. Afterwards the store opens, has every layer that it had, nothing in
 // it is damaged, the next attempt succeeds, and nothing is left over.
 func TestFaults(t *testing.T) {
-	raw := sparseTar(t)
+	raw, scattered := smallTar(t), scatteredTar(t)
 	type world struct {
 		s    *Store
 		old  ID     // a tar
@@ -103,6 +103,44 @@ func TestFaults(t *testing.T) {
 		{"unpack", func(w *world) error {
 			_, err := w.s.Unpack(t.Context(), bytes.NewReader(raw), "", nil)
 			return err
+		}, false},
+		{"unpack scattered", func(w *world) error {
+			_, err := w.s.Unpack(t.Context(), bytes.NewReader(scattered), "", nil)
+			return err
+		}, false},
+		{"mount", func(w *world) error { _, err := w.s.Mount(t.Context(), w.old); return err }, false},
+		{"mount extracted", func(w *world) error {
+			w.s.probe = func() StoreInfo { return StoreInfo{Reason: "the test says so"} }
+			_, err := w.s.Mount(t.Context(), w.old)
+			return err
+		}, false},
+		{"heal index", func(w *world) error {
+			if err := os.Remove(w.s.path(w.old, indexFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
+			w.s.indexes.drop(w.old)
+			_, err := w.s.Index(t.Context(), w.old)
+			return err
+		}, false},
+		{"heal info", func(w *world) error {
+			if err := os.Remove(w.s.path(w.tree, infoFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
+			w.s.mu.Lock()
+			delete(w.s.metas, w.tree)
+			w.s.mu.Unlock()
+			_, err := w.s.load(w.tree)
+			if err != nil && errors.Is(err, ErrNotFound) {
+				return faultfs.ErrInjected // it is not told why
+			}
+			return err
+		}, false},
+		{"copy tree", func(w *world) error {
+			dir, err := w.s.NewUpper(t.Context())
+			if err != nil {
+				return err
+			}
+			return w.s.CopyTree(t.Context(), newStack(t, w.s, w.old, w.tree), filepath.Join(dir, "upper"))
 		}, false},
 		{"pack", func(w *world) error { _, err := w.s.Pack(t.Context(), w.tree); return err }, false},
 		{"sync", func(w *world) error { return w.s.Sync(t.Context()) }, false},
@@ -157,6 +195,9 @@ func TestFaults(t *testing.T) {
 						if _, serr := w.s.Stat(ctx, id); serr != nil && !(c.gone && id == w.old) {
 							t.Errorf("%s: lost: %v", where, serr)
 						}
+					}
+					if _, err := w.s.Index(ctx, w.old); err != nil && !c.gone { // which heals it
+						t.Errorf("%s: %v", where, err)
 					}
 					checkAll(t, w.s, where)
 					for _, sub := range []string{"tmp", "uppers", "mnt"} {
@@ -320,7 +361,7 @@ func TestCheckFindsDamage(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-			} else if id, err = s.Unpack(ctx, bytes.NewReader(sparseTar(t)), "", nil); err != nil {
+			} else if id, err = s.Unpack(ctx, bytes.NewReader(smallTar(t)), "", nil); err != nil {
 				t.Fatal(err)
 			}
 			s.Close()

@@ -176,7 +176,7 @@ func Open(dir string, opt Options) (*Store, error) {
 	if s.fs == nil {
 		s.fs = fsys.OS
 	}
-	s.probe = sync.OnceValue(s.probeEROFS)
+	s.probe = s.probeOnce()
 	s.indexes.limit = 1 << 19
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("layer store: %w", err)

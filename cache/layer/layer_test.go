@@ -989,24 +989,7 @@ func TestUnpackOverOtherLayers(t *testing.T) {
 
 func TestUnpackSparse(t *testing.T) {
 	bothForms(t, func(t *testing.T, s *Store) {
-		// GNU sparse 1.0 in PAX: the map stands before the data, "1\n" entry at 8192 of 5 bytes; real size 8197.
-		m := "1\n8192\n5\n"
-		data := m + strings.Repeat("\x00", 512-len(m)) + "hello"
-		var b bytes.Buffer
-		w := tar.NewWriter(&b)
-		if err := errors.Join(
-			w.WriteHeader(&tar.Header{Name: "before", Mode: 0o644, Size: 1}), errOf(w.Write([]byte("x"))),
-			w.Flush(),
-		); err != nil {
-			t.Fatal(err)
-		}
-		b.Write(rawPAX(t, "GNUSparseFile.0/f", data, map[string]string{
-			"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "f", "GNU.sparse.realsize": "8197",
-		}))
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		id, err := s.Unpack(t.Context(), bytes.NewReader(b.Bytes()), "", nil)
+		id, err := s.Unpack(t.Context(), bytes.NewReader(scatteredTar(t)), "", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1017,6 +1000,29 @@ func TestUnpackSparse(t *testing.T) {
 		}
 		checkMount(t, s, id)
 	})
+}
+
+// scatteredTar has a file whose bytes are not in one piece.
+func scatteredTar(t testing.TB) []byte {
+	t.Helper()
+	// GNU sparse 1.0 in PAX: the map stands before the data, "1\n" entry at 8192 of 5 bytes; real size 8197.
+	m := "1\n8192\n5\n"
+	data := m + strings.Repeat("\x00", 512-len(m)) + "hello"
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := errors.Join(
+		w.WriteHeader(&tar.Header{Name: "before", Mode: 0o644, Size: 1}), errOf(w.Write([]byte("x"))),
+		w.Flush(),
+	); err != nil {
+		t.Fatal(err)
+	}
+	b.Write(rawPAX(t, "GNUSparseFile.0/f", data, map[string]string{
+		"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "f", "GNU.sparse.realsize": "8197",
+	}))
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 func errOf(_ int, err error) error { return err }
@@ -1096,7 +1102,7 @@ func FuzzUnpack(f *testing.F) {
 		if err := os.Mkdir(inside, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := extract(t.Context(), inside, x, func(e index.Entry) (io.ReadCloser, error) {
+		if err := extract(t.Context(), s.fs, inside, x, func(e index.Entry) (io.ReadCloser, error) {
 			return s.OpenFile(t.Context(), id, e.Path)
 		}); err != nil {
 			t.Logf("extract: %v", err)

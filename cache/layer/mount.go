@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -25,10 +26,35 @@ type StoreInfo struct {
 	EROFS bool
 	// Reason says why not; "" when EROFS is set.
 	Reason string
+	// unsure says that the question must be asked again: the probe could not be written.
+	unsure bool
 }
+
+// errUnsure is why tryEROFS has no answer.
+var errUnsure = errors.New("a small file could not be written")
 
 // Info finds out, once, whether tar layers can be mounted here.
 func (s *Store) Info() StoreInfo { return s.probe() }
+
+// probeOnce returns the function that probes until there is an answer, and gives that ever after.
+func (s *Store) probeOnce() func() StoreInfo {
+	var mu sync.Mutex
+	var known *StoreInfo
+	return func() StoreInfo {
+		mu.Lock()
+		defer mu.Unlock()
+		if known != nil {
+			return *known
+		}
+		info := s.probeEROFS()
+		if info.unsure {
+			s.log.Warn("layer store: cannot find out whether EROFS can be mounted", "err", info.Reason)
+		} else {
+			known = &info
+		}
+		return info
+	}
+}
 
 // probeEROFS mounts a tiny layer, detached, and reads its one file.
 func (s *Store) probeEROFS() StoreInfo {
@@ -47,7 +73,7 @@ func (s *Store) probeEROFS() StoreInfo {
 		return StoreInfo{Reason: "the store's directory is on overlayfs"}
 	}
 	if err := s.tryEROFS(); err != nil {
-		return StoreInfo{Reason: err.Error()}
+		return StoreInfo{Reason: err.Error(), unsure: errors.Is(err, errUnsure)}
 	}
 	return StoreInfo{EROFS: true}
 }
@@ -55,9 +81,9 @@ func (s *Store) probeEROFS() StoreInfo {
 func (s *Store) tryEROFS() error {
 	tmp, err := s.newTmp()
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errUnsure, err)
 	}
-	defer os.RemoveAll(tmp)
+	defer s.fs.RemoveAll(tmp)
 	content := []byte("slipway\n")
 	tarLike := make([]byte, 4096)
 	copy(tarLike[erofsBlock:], content)
@@ -68,8 +94,8 @@ func (s *Store) tryEROFS() error {
 		return err
 	}
 	tarPath, imgPath := filepath.Join(tmp, tarFile), filepath.Join(tmp, erofsFile)
-	if err := errors.Join(os.WriteFile(tarPath, tarLike, 0o600), os.WriteFile(imgPath, img, 0o600)); err != nil {
-		return err
+	if err := errors.Join(s.writeFile(tarPath, tarLike, false), s.writeFile(imgPath, img, false)); err != nil {
+		return fmt.Errorf("%w: %w", errUnsure, err)
 	}
 	mnt, err := openEROFS(imgPath, tarPath)
 	if err != nil {
@@ -204,7 +230,7 @@ func (s *Store) mountEROFS(ctx context.Context, m *meta) (string, error) {
 	}
 	defer unix.Close(mnt)
 	dir := filepath.Join(s.dir, "mnt", string(m.ID))
-	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := s.fs.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return "", err
 	}
 	s.mu.Lock()
@@ -238,7 +264,7 @@ func (s *Store) extracted(ctx context.Context, m *meta) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	err = extract(ctx, tmp, x, func(e index.Entry) (io.ReadCloser, error) {
+	err = extract(ctx, s.fs, tmp, x, func(e index.Entry) (io.ReadCloser, error) {
 		return io.NopCloser(io.NewSectionReader(f, e.Offset, e.Size)), nil
 	})
 	var size int64

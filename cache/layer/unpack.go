@@ -82,6 +82,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 		}
 	}()
 	u := newUnpacker(below)
+	u.fs = s.fs
 	m := &meta{Tar: true}
 	if m.TarSize, m.DiffID, err = u.take(ctx, s.fs, r, tmp+"/"+tarFile); err != nil {
 		return "", err
@@ -118,6 +119,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 
 // unpacker is the tree that a tar describes, as far as it has been read.
 type unpacker struct {
+	fs      fsys.FS // only to extract
 	below   index.Tree
 	answers map[string]string
 	root    *unpackNode
@@ -625,12 +627,12 @@ func (u *unpacker) extract(ctx context.Context, dir string, x *index.Index) erro
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir + "/spool")
+	defer u.fs.RemoveAll(dir + "/spool")
 	tree := dir + "/" + treeDir
-	if err := os.Mkdir(tree, 0o755); err != nil {
+	if err := u.fs.Mkdir(tree, 0o755); err != nil {
 		return err
 	}
-	return extract(ctx, tree, x, func(e index.Entry) (io.ReadCloser, error) {
+	return extract(ctx, u.fs, tree, x, func(e index.Entry) (io.ReadCloser, error) {
 		u.treeBytes += e.Size
 		if e.Offset >= 0 {
 			return io.NopCloser(io.NewSectionReader(f, e.Offset, e.Size)), nil
@@ -677,7 +679,7 @@ func (v *verifiedReader) Read(p []byte) (int, error) {
 // spool writes the files whose bytes are not in one piece to files of their own, and returns where each is.
 func (u *unpacker) spool(f *os.File, dir string) (func(header int) string, error) {
 	at := func(header int) string { return fmt.Sprintf("%s/spool/%d", dir, header) }
-	if err := os.Mkdir(dir+"/spool", 0o700); err != nil {
+	if err := u.fs.Mkdir(dir+"/spool", 0o700); err != nil {
 		return nil, err
 	}
 	wanted := map[int]bool{}
@@ -706,14 +708,14 @@ func (u *unpacker) spool(f *os.File, dir string) (func(header int) string, error
 		if !wanted[number] {
 			continue
 		}
-		if err := spoolOne(at(number), tr); err != nil {
+		if err := spoolOne(u.fs, at(number), tr); err != nil {
 			return nil, err
 		}
 	}
 }
 
-func spoolOne(path string, r io.Reader) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func spoolOne(fs fsys.FS, path string, r io.Reader) error {
+	f, err := fs.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}

@@ -8,8 +8,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/cache/fsys"
 )
 
 // The values of Info.Driver.
@@ -29,32 +32,51 @@ type Info struct {
 // Info finds out, once, how snapshots can be mounted here.
 func (s *Store) Info() Info { return s.probe() }
 
-// probeOverlay mounts a tiny overlay with an upper directory where those of steps will be, and replaces a file and a directory in
-// it: what a step leaves must be readable as a layer. (The root of a user namespace can mount one and cannot mark a
-// directory as opaque.)
-func (s *Store) probeOverlay() Info {
-	dir, err := s.layers.NewUpper(context.Background())
-	if err != nil {
-		return Info{Driver: DriverOverlay} // a full disk, say: whoever mounts something is told
+// probeOnce returns the function that probes until there is an answer, and gives that ever after.
+func (s *Store) probeOnce() func() Info {
+	var mu sync.Mutex
+	var known *Info
+	return func() Info {
+		mu.Lock()
+		defer mu.Unlock()
+		if known != nil {
+			return *known
+		}
+		info, err := s.probeOverlay()
+		if err != nil { // a full disk, say: whoever mounts something is told
+			return Info{Driver: DriverOverlay}
+		}
+		known = &info
+		return info
 	}
-	defer s.fs.RemoveAll(dir)
-	if err := tryOverlay(dir); err != nil {
-		slog.Warn("snapshots are mounted as copies, which takes time and room", "reason", err)
-		return Info{Driver: DriverCopy, Reason: err.Error()}
-	}
-	return Info{Driver: DriverOverlay}
 }
 
-func tryOverlay(dir string) error {
+// probeOverlay mounts a tiny overlay with an upper directory where those of steps will be, and replaces a file and a directory in
+// it: what a step leaves must be readable as a layer. (The root of a user namespace can mount one and cannot mark a
+// directory as opaque.) The error says that there is no answer.
+func (s *Store) probeOverlay() (Info, error) {
+	dir, err := s.layers.NewUpper(context.Background())
+	if err != nil {
+		return Info{}, err
+	}
+	defer s.fs.RemoveAll(dir)
 	at := func(names ...string) string { return filepath.Join(append([]string{dir}, names...)...) }
 	for _, d := range []string{at("lower"), at("merged"), at("lower", "d")} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			return nil // as above
+		if err := s.fs.Mkdir(d, 0o755); err != nil {
+			return Info{}, err
 		}
 	}
-	if err := os.WriteFile(at("lower", "f"), nil, 0o644); err != nil {
-		return nil
+	if err := fsys.WriteFile(s.fs, at("lower", "f"), nil, 0o644, false); err != nil {
+		return Info{}, err
 	}
+	if err := tryOverlay(at); err != nil {
+		slog.Warn("snapshots are mounted as copies, which takes time and room", "reason", err)
+		return Info{Driver: DriverCopy, Reason: err.Error()}, nil
+	}
+	return Info{Driver: DriverOverlay}, nil
+}
+
+func tryOverlay(at func(...string) string) error {
 	o := overlay{lowers: []string{at("lower")}, upper: at("upper"), work: at("work")}
 	if err := o.mount(at("merged")); err != nil {
 		return err

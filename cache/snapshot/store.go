@@ -63,12 +63,10 @@ func OpenWith(dir string, layers Layers, opt Options) (*Store, error) {
 	if s.fs == nil {
 		s.fs = fsys.OS
 	}
-	s.probe = sync.OnceValue(func() Info {
-		if opt.Copy {
-			return Info{Driver: DriverCopy, Reason: "asked for"}
-		}
-		return s.probeOverlay()
-	})
+	s.probe = s.probeOnce()
+	if opt.Copy {
+		s.probe = func() Info { return Info{Driver: DriverCopy, Reason: "asked for"} }
+	}
 	for _, d := range []string{s.empty(0), s.empty(1), s.mountpoints()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, fmt.Errorf("open snapshot store: %w", err)

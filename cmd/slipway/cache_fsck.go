@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/seed-68981b69/slipway/cache"
+	"github.com/seed-68981b69/slipway/engine"
 )
 
 func newCacheFsckCommand(a *app) *cobra.Command {
@@ -22,7 +23,8 @@ func newCacheFsckCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fsck",
 		Short: "Check every blob, layer and record of the state directory",
-		Long: `Check every blob, layer and record of the state directory against its digest, and what names what.
+		Long: `Check every blob, layer and record of the state directory against its digest, and what names what;
+cache mounts, volumes and the build history as far as anybody can know how they should be.
 
 The engine must not be running: 'slipway daemon stop' ends it. With --repair, what is damaged is moved to the folder
 "quarantine" of the state directory and gets pulled or built again when it is needed; what nothing names is removed.
@@ -47,17 +49,10 @@ func (a *app) cacheFsck(ctx context.Context, repair bool, format string) error {
 	if _, err := os.Stat(filepath.Join(a.root, "version")); err != nil {
 		return fmt.Errorf("%s is no state directory: %w", a.root, reason(err))
 	}
-	store, err := cache.Open(ctx, a.root)
+	problems, err := engine.Check(ctx, a.root, cache.CheckOptions{Repair: repair, Progress: a.fsckProgress(format)})
 	var locked *cache.LockedError
 	if errors.As(err, &locked) {
 		return fmt.Errorf("an engine (process %d) has %s open: stop it first ('slipway daemon stop')", locked.Pid, a.root)
-	}
-	if err != nil {
-		return err
-	}
-	problems, err := store.Check(ctx, cache.CheckOptions{Repair: repair, Progress: a.fsckProgress(format)})
-	if closeErr := store.Close(); err == nil {
-		err = closeErr
 	}
 	if err != nil {
 		return err

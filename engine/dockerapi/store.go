@@ -196,6 +196,9 @@ func (s storeRoots) Files(ctx context.Context, snap snapshot.Snapshot) (layer.Fi
 
 func (s storeRoots) Mount(ctx context.Context, snap snapshot.Snapshot) (Mount, error) {
 	m, err := s.snapshots.Mount(ctx, snap, snapshot.MountOptions{Writable: true})
+	if errors.Is(err, layer.ErrNotFound) {
+		return nil, fmt.Errorf("the image is damaged, build or pull it again: %w", err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/executor"
@@ -653,11 +654,6 @@ func (s *step) output(m *pb.Mount, mnt *snapshot.Mount) {
 
 func (s *step) bindMount(ctx context.Context, m *pb.Mount) (executor.Mount, error) {
 	in := s.input(m)
-	mnt, err := s.mount(ctx, in, !m.Readonly || in == nil)
-	if err != nil {
-		return executor.Mount{}, err
-	}
-	s.output(m, mnt)
 	// The index says where the selector leads, so no symlink is followed on the host. Nobody else can write to the
 	// mount before the container has it.
 	view, err := s.op.deps.Snapshots.View(ctx, in)
@@ -671,7 +667,50 @@ func (s *step) bindMount(ctx context.Context, m *pb.Mount) (executor.Mount, erro
 	if _, ok := view.Lookup(p); !ok {
 		return executor.Mount{}, &NotFoundError{m.Selector}
 	}
+	shown := in
+	if m.Readonly && m.Output == int64(pb.SkipOutput) {
+		if shown, err = s.narrow(ctx, in, view, p); err != nil {
+			return executor.Mount{}, err
+		}
+	}
+	mnt, err := s.mount(ctx, shown, !m.Readonly || in == nil)
+	if err != nil {
+		return executor.Mount{}, err
+	}
+	s.output(m, mnt)
 	return executor.Mount{Kind: executor.MountBind, Source: filepath.Join(mnt.Path(), p)}, nil
+}
+
+// narrow returns a snapshot that shows the same at path as in. It is another one if in is a layer that is only in memory, a
+// local context: then what is not mounted need not be written to disk.
+func (s *step) narrow(ctx context.Context, in snapshot.Snapshot, view *snapshot.View, path string) (snapshot.Snapshot, error) {
+	if len(in) != 1 || path == "" {
+		return in, nil
+	}
+	if info, err := s.op.deps.Layers.Stat(ctx, in[0]); err != nil || info.Form != layer.FormHeld {
+		return in, err
+	}
+	draft := s.op.deps.Layers.NewDraft(nil)
+	first := map[string]string{} // the first name below path of a file, by its first name of all
+	err := index.Walk(view, path, func(e index.Entry) error {
+		from := e.Path
+		if name := cmp.Or(e.HardLink, e.Path); e.Type != index.Dir {
+			e.HardLink = first[name]
+			if e.HardLink == "" {
+				first[name] = e.Path
+			}
+		}
+		draft.Put(e, func() (io.ReadCloser, error) { return view.OpenFile(context.WithoutCancel(ctx), from) })
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	id, err := draft.Commit(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return snapshot.Snapshot{id}, nil
 }
 
 // run runs the process to its end.

@@ -21,6 +21,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/runc"
@@ -174,6 +175,23 @@ func TestExec(t *testing.T) {
 			t.Errorf("log %q", log)
 		}
 		diffLines(t, changed, nil)
+	})
+	t.Run("bind of a part of a context", func(t *testing.T) {
+		draft := e.Layers.NewDraft(nil)
+		for _, n := range parseTree(t, "/big =not wanted", "/a =linked", "/sub 0711 5:6", "/sub/f =data", "/sub/one == /a", "/sub/two == /a", "/sub/link -> f") {
+			draft.Put(n.Entry, func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(n.content)), nil })
+		}
+		context, err := draft.Hold(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, log := e.must(shell("ls /m; cat /m/link /m/two; stat -c %h /m/one; stat -c '%a %u %g' /m", bind("/m", "/sub", true, -1)), nil, snapshot.Snapshot{context})
+		if want := "f\nlink\none\ntwo\ndatalinked2\n711 5 6\n"; log != want {
+			t.Errorf("log %q, want %q", log, want)
+		}
+		if info, err := e.Layers.Stat(t.Context(), context); err != nil || info.Form != layer.FormHeld {
+			t.Errorf("the context was written to disk: %+v, %v", info, err)
+		}
 	})
 	t.Run("selector never leaves the input", func(t *testing.T) {
 		_, log := e.must(shell("ls /m", bind("/m", "/out", true, -1)), nil, data)

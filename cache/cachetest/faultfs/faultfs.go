@@ -117,6 +117,9 @@ func (f *Fault) Free(path string) (int64, error) {
 	return f.FS.Free(path)
 }
 
+// Before implements fsys.Watcher.
+func (f *Fault) Before(op, path string) error { return f.call(op, path) }
+
 type faultFile struct {
 	fsys.File
 	f    *Fault

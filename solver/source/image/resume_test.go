@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 )
@@ -108,4 +109,50 @@ func zero(path string, n int) error {
 	defer f.Close()
 	_, err = f.WriteAt(make([]byte, n), 0)
 	return err
+}
+
+// TestPullHeals: an image whose layers are gone, as fsck or a power cut may leave it, is pulled again under its name.
+func TestPullHeals(t *testing.T) {
+	ctx := context.Background()
+	l := newLayout(t)
+	s := registrytest.Start(t, registrytest.Options{})
+	ref := s.Host + "/test/heals:1"
+	skopeo(t, "copy", "--dest-tls-verify=false", l.tag(l.imageAs("amd64", testLayers, ocispec.MediaTypeImageLayerGzip)), "docker://"+ref)
+	amd64 := &ocispec.Platform{OS: "linux", Architecture: "amd64"}
+	dir := t.TempDir()
+	first := newSideAt(t, dir, registry.Options{})
+	if _, err := first.puller.Pull(ctx, ref, amd64, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range []string{"layers/d*", "content/blobs/sha256/*"} {
+		paths, _ := filepath.Glob(filepath.Join(dir, pattern))
+		if len(paths) == 0 {
+			t.Fatalf("no %s", pattern)
+		}
+		for _, p := range paths {
+			if err := os.RemoveAll(p); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	second := newSideAt(t, dir, registry.Options{})
+	found, err := second.Check(ctx, cache.CheckOptions{})
+	if err != nil || !slices.ContainsFunc(found, func(p cache.Problem) bool { return p.Kind == cache.ProblemImage && p.Name == ref }) {
+		t.Errorf("the image is not named: %+v, %v", found, err)
+	}
+	img, err := second.puller.Pull(ctx, ref, amd64, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap, _, err := second.Images.Layers(ctx, img.Target.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkFiles(t, second.files(t, snap), testFiles)
+	if found, err := second.Check(ctx, cache.CheckOptions{}); err != nil || len(found) > 0 {
+		t.Errorf("after the pull: %+v, %v", found, err)
+	}
 }
