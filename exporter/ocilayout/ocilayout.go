@@ -91,8 +91,8 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 	if err != nil {
 		return nil, err
 	}
-	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records}
-	r, err = shaper.Apply(ctx, r, e.attrs.reshape, func(platformID string) (*time.Time, error) {
+	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records, Blobs: e.deps.Layers}
+	r, err = shaper.Apply(ctx, r, e.attrs.reshape, e.attrs.compression, func(platformID string) (*time.Time, error) {
 		return image.Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
 	}, opts)
 	if err != nil {
@@ -151,7 +151,7 @@ func (e *layoutExporter) layout(ctx context.Context, r exporter.Result, names []
 		made[i] = make([]layerblob.Blob, len(ref.Snapshot))
 		for j, id := range ref.Snapshot {
 			group.Go(func() (err error) {
-				made[i][j], err = e.deps.Layers.Layer(gctx, id, e.attrs.compression)
+				made[i][j], err = e.deps.Layers.Layer(gctx, id, e.attrs.compression.Shaped())
 				return err
 			})
 		}
