@@ -48,6 +48,12 @@ COPY top /dir/top
 // exportTo builds dockerfile with these outputs.
 func (te *testEngine) exportTo(dockerfile string, attrs map[string]string, exports ...bkclient.ExportEntry) (map[string]string, error) {
 	te.t.Helper()
+	return te.exportWith(dockerfile, bkclient.SolveOpt{FrontendAttrs: attrs, Exports: exports})
+}
+
+// exportWith builds dockerfile, and what else solve says.
+func (te *testEngine) exportWith(dockerfile string, solve bkclient.SolveOpt) (map[string]string, error) {
+	te.t.Helper()
 	dir := te.t.TempDir()
 	for name, text := range map[string]string{"Dockerfile": dockerfile, "top": "top"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
@@ -58,10 +64,8 @@ func (te *testEngine) exportTo(dockerfile string, attrs map[string]string, expor
 	if err != nil {
 		te.t.Fatal(err)
 	}
-	response, err := te.client.Solve(te.t.Context(), nil, bkclient.SolveOpt{
-		Frontend: "dockerfile.v0", FrontendAttrs: attrs, Exports: exports,
-		LocalMounts: map[string]fsutil.FS{"context": files, "dockerfile": files},
-	}, nil)
+	solve.Frontend, solve.LocalMounts = "dockerfile.v0", map[string]fsutil.FS{"context": files, "dockerfile": files}
+	response, err := te.client.Solve(te.t.Context(), nil, solve, nil)
 	if err != nil {
 		return nil, err
 	}

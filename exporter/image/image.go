@@ -33,6 +33,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
 	"github.com/seed-68981b69/slipway/exporter/registry"
@@ -78,8 +79,7 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	if err != nil {
 		return nil, err
 	}
-	shaper := reshape.Shaper{Layers: e.deps.Layers, Records: e.deps.Records, Blobs: e.deps.LayerBlobs}
-	r, err = shaper.Apply(ctx, r, e.attrs.reshape, e.attrs.compression, func(platformID string) (*time.Time, error) {
+	r, err = e.shaper().Apply(ctx, r, e.attrs.reshape, e.attrs.compression, func(platformID string) (*time.Time, error) {
 		return Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
 	}, opts)
 	if err != nil {
@@ -105,10 +105,41 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 // push sends the image to all registries at once, and to one registry under one name after the other: the second finds
 // everything there.
 func (e *imageExporter) push(ctx context.Context, img image.Image, names []string, opts exporter.Options) (ocispec.Descriptor, error) {
-	type destination struct {
-		name     string
-		byDigest bool
+	byHost, err := e.destinations(names)
+	if err != nil {
+		return ocispec.Descriptor{}, err
 	}
+	var mu sync.Mutex // guards pushed
+	var pushed ocispec.Descriptor
+	group, gctx := errgroup.WithContext(ctx)
+	for _, destinations := range byHost {
+		group.Go(func() error {
+			for _, to := range destinations {
+				o := e.pushOptions(opts)
+				o.ByDigest = to.byDigest
+				desc, err := e.deps.Pusher.Push(gctx, img, to.name, o)
+				if err != nil {
+					return err
+				}
+				opts.Step(fmt.Sprintf("pushing manifest for %s@%s", to.name, desc.Digest))() // the digest by which others find it
+				mu.Lock()
+				pushed = desc // all get the same manifest
+				mu.Unlock()
+			}
+			return nil
+		})
+	}
+	return pushed, group.Wait()
+}
+
+// destination is a place in a registry.
+type destination struct {
+	name     string
+	byDigest bool
+}
+
+// destinations are where the image goes, by registry.
+func (e *imageExporter) destinations(names []string) (map[string][]destination, error) {
 	byHost := map[string][]destination{}
 	add := func(name string, byDigest bool) error {
 		named, err := reference.ParseNormalizedNamed(name)
@@ -124,39 +155,69 @@ func (e *imageExporter) push(ctx context.Context, img image.Image, names []strin
 	}
 	for _, name := range names {
 		if err := add(name, e.attrs.byDigest); err != nil {
-			return ocispec.Descriptor{}, err
+			return nil, err
 		}
 	}
 	if name := e.danglingName(names); name != "" {
 		if err := add(name, true); err != nil {
-			return ocispec.Descriptor{}, err
+			return nil, err
 		}
 	}
-	var mu sync.Mutex // guards pushed
-	var pushed ocispec.Descriptor
-	group, gctx := errgroup.WithContext(ctx)
-	for _, destinations := range byHost {
-		group.Go(func() error {
-			for _, to := range destinations {
-				desc, err := e.deps.Pusher.Push(gctx, img, to.name, registry.Options{
-					Credentials: opts.Credentials,
-					Progress:    opts.Transfer("pushing"),
-					Compression: e.attrs.compression.Shaped(),
-					ByDigest:    to.byDigest,
-					Insecure:    e.attrs.insecure,
-				})
-				if err != nil {
-					return err
-				}
-				opts.Step(fmt.Sprintf("pushing manifest for %s@%s", to.name, desc.Digest))() // the digest by which others find it
-				mu.Lock()
-				pushed = desc // all get the same manifest
-				mu.Unlock()
-			}
-			return nil
-		})
+	return byHost, nil
+}
+
+func (e *imageExporter) pushOptions(opts exporter.Options) registry.Options {
+	return registry.Options{
+		Credentials: opts.Credentials,
+		Progress:    opts.Transfer("pushing"),
+		Compression: e.attrs.compression.Shaped(),
+		Insecure:    e.attrs.insecure,
 	}
-	return pushed, group.Wait()
+}
+
+func (e *imageExporter) shaper() reshape.Shaper {
+	return reshape.Shaper{Layers: e.deps.Layers, Records: e.deps.Records, Blobs: e.deps.LayerBlobs}
+}
+
+var _ exporter.Eager = (*imageExporter)(nil)
+
+// Begin implements exporter.Eager: a layer is packed, and sent to the registries when it is to be pushed, while later steps run. Nothing
+// gets a name by that.
+func (e *imageExporter) Begin(ctx context.Context, r exporter.Result, opts exporter.Options) (*exporter.Early, error) {
+	names, err := e.names(r)
+	if err != nil {
+		return nil, err
+	}
+	byHost, err := e.destinations(names)
+	if err != nil {
+		return nil, err
+	}
+	shaper, push := e.shaper(), e.pushOptions(opts)
+	return exporter.NewEarly(ctx, func(ctx context.Context, ref exporter.Ref, snap snapshot.Snapshot, i int) error {
+		latest, err := Epoch(r, ref.ID, e.attrs.epoch, e.attrs.epochSet)
+		if err != nil {
+			return err
+		}
+		id, ok, err := shaper.Layer(ctx, ref, snap, i, e.attrs.reshape, e.attrs.compression, latest)
+		if err != nil || !ok {
+			return err
+		}
+		if _, err := e.deps.Layers.Pack(ctx, id); err != nil || !e.attrs.push {
+			return err
+		}
+		group, gctx := errgroup.WithContext(ctx)
+		for _, destinations := range byHost {
+			group.Go(func() error {
+				for _, to := range destinations {
+					if err := e.deps.Pusher.PushLayer(gctx, id, to.name, push); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		return group.Wait()
+	}), nil
 }
 
 // danglingName is the name that the image gets with its digest only, "" for none.

@@ -34,7 +34,7 @@ func (m *Maker) Estargz(ctx context.Context, id layer.ID, below index.Tree, c Co
 			return id, err
 		}
 	}
-	release, err := m.making.acquire(ctx, info.DiffID)
+	release, err := m.making.Acquire(ctx, info.DiffID.String())
 	if err != nil {
 		return "", err
 	}

@@ -108,7 +108,7 @@ type Deps struct {
 type Maker struct {
 	deps   Deps
 	memo   compress.Memo
-	making locks
+	making Locks
 
 	mu       sync.Mutex        // guards verified
 	verified map[layer.ID]bool // tars that this process has read and found good
@@ -159,7 +159,7 @@ func Stored(desc ocispec.Descriptor) Blob { return Blob{Desc: desc} }
 
 // DiffID is Layer for who does not know yet which layer has the diff ID; find is asked only if it must be read.
 func (m *Maker) DiffID(ctx context.Context, diffID digest.Digest, c Compression, find func(context.Context) (layer.ID, error)) (ocispec.Descriptor, error) {
-	release, err := m.making.acquire(ctx, diffID)
+	release, err := m.making.Acquire(ctx, diffID.String())
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -387,38 +387,4 @@ func (c canceling) Read(p []byte) (int, error) {
 		return 0, context.Cause(c.ctx)
 	}
 	return c.Reader.Read(p)
-}
-
-// locks is a lock for each key.
-type locks struct {
-	mu   sync.Mutex // guards held
-	held map[digest.Digest]chan struct{}
-}
-
-// acquire waits for the lock of key, or for the end of ctx.
-func (l *locks) acquire(ctx context.Context, key digest.Digest) (release func(), err error) {
-	for {
-		l.mu.Lock()
-		if l.held == nil {
-			l.held = map[digest.Digest]chan struct{}{}
-		}
-		busy, ok := l.held[key]
-		if !ok {
-			done := make(chan struct{})
-			l.held[key] = done
-			l.mu.Unlock()
-			return func() {
-				l.mu.Lock()
-				delete(l.held, key)
-				l.mu.Unlock()
-				close(done)
-			}, nil
-		}
-		l.mu.Unlock()
-		select {
-		case <-busy:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/blob"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/exporter/image"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
@@ -123,6 +124,25 @@ func (e *layoutExporter) drops(r exporter.Result) func(exporter.Attestation) boo
 	return func(a exporter.Attestation) bool {
 		return e.variant == Docker || a.InlineOnly && !r.MultiPlatform
 	}
+}
+
+var _ exporter.Eager = (*layoutExporter)(nil)
+
+// Begin implements exporter.Eager: layers are packed and compressed while later steps run.
+func (e *layoutExporter) Begin(ctx context.Context, r exporter.Result, _ exporter.Options) (*exporter.Early, error) {
+	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records, Blobs: e.deps.Layers}
+	return exporter.NewEarly(ctx, func(ctx context.Context, ref exporter.Ref, snap snapshot.Snapshot, i int) error {
+		latest, err := image.Epoch(r, ref.ID, e.attrs.epoch, e.attrs.epochSet)
+		if err != nil {
+			return err
+		}
+		id, ok, err := shaper.Layer(ctx, ref, snap, i, e.attrs.reshape, e.attrs.compression, latest)
+		if err != nil || !ok {
+			return err
+		}
+		_, err = e.deps.Layers.Layer(ctx, id, e.attrs.compression.Shaped())
+		return err
+	}), nil
 }
 
 // layout is an image that is ready to be sent.

@@ -66,6 +66,12 @@ func (s *push) layer(ctx context.Context, find *finder, i int, l ocispec.Descrip
 func (s *push) blob(ctx context.Context, b layerblob.Blob) error {
 	desc := b.Desc
 	id := desc.Digest.String()
+	// Who comes second finds it there: a push that began before the build's end, or another build's.
+	release, err := s.sending.Acquire(ctx, s.repo+" "+id)
+	if err != nil {
+		return err
+	}
+	defer release()
 	open := func() (io.ReadCloser, error) {
 		s.progress(id, 0, desc.Size, false) // it is being sent, then
 		r, err := s.layers.Open(ctx, b)
@@ -74,7 +80,7 @@ func (s *push) blob(ctx context.Context, b layerblob.Blob) error {
 		}
 		return r, nil
 	}
-	err := s.to.Push(ctx, s.ref, s.sources.Annotate(s.ref, desc), open, func(n int64) {
+	err = s.to.Push(ctx, s.ref, s.sources.Annotate(s.ref, desc), open, func(n int64) {
 		if n < desc.Size { // the end is reported below
 			s.progress(id, n, desc.Size, false)
 		}

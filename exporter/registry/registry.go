@@ -46,6 +46,7 @@ type Pusher struct {
 	deps    Deps
 	layers  *layerblob.Maker
 	sources registry.Sources
+	sending layerblob.Locks
 }
 
 // New returns a Pusher.
@@ -79,26 +80,9 @@ type Options struct {
 // names then. Of an index the platforms that are in the local store are sent: all of them as the same index, one alone
 // as its manifest. A manifest whose layers have not been compressed yet becomes another one with the same config.
 func (p *Pusher) Push(ctx context.Context, img image.Image, ref string, opts Options) (ocispec.Descriptor, error) {
-	named, err := registry.Parse(ref)
+	s, err := p.newPush(ref, opts)
 	if err != nil {
 		return ocispec.Descriptor{}, err
-	}
-	if strings.Contains(named.String(), "@") {
-		return ocispec.Descriptor{}, fmt.Errorf("push %s: a name to push to cannot have a digest", named)
-	}
-	if opts.Progress == nil {
-		opts.Progress = func(string, int64, int64, bool) {}
-	}
-	if opts.Compression.Kind == "" {
-		opts.Compression.Kind = compress.Gzip
-	}
-	to := p.deps.Registry
-	if opts.Insecure {
-		to = to.Lenient()
-	}
-	s := &push{
-		Pusher: p, ref: named.String(), repo: named.Name(), to: to.With(opts.Credentials), progress: opts.Progress,
-		slots: make(chan struct{}, parallel), compression: opts.Compression,
 	}
 	desc, content, err := s.image(ctx, img.Target)
 	if err != nil {
@@ -116,6 +100,46 @@ func (p *Pusher) Push(ctx context.Context, img image.Image, ref string, opts Opt
 		slog.Warn("note the digest of a pushed image", "image", s.ref, "digest", desc.Digest, "error", err)
 	}
 	return desc, nil
+}
+
+// PushLayer sends the blob that Push would send for a layer of an image, and nothing that names it.
+func (p *Pusher) PushLayer(ctx context.Context, id layer.ID, ref string, opts Options) error {
+	s, err := p.newPush(ref, opts)
+	if err != nil {
+		return err
+	}
+	b, err := s.layers.Layer(ctx, id, s.compression)
+	if err != nil {
+		return fmt.Errorf("push %s: %w", s.ref, err)
+	}
+	if err := s.blob(ctx, b); err != nil {
+		return err
+	}
+	return s.sources.Add(s.ref, b.Desc.Digest)
+}
+
+func (p *Pusher) newPush(ref string, opts Options) (*push, error) {
+	named, err := registry.Parse(ref)
+	if err != nil {
+		return nil, err
+	}
+	if strings.Contains(named.String(), "@") {
+		return nil, fmt.Errorf("push %s: a name to push to cannot have a digest", named)
+	}
+	if opts.Progress == nil {
+		opts.Progress = func(string, int64, int64, bool) {}
+	}
+	if opts.Compression.Kind == "" {
+		opts.Compression.Kind = compress.Gzip
+	}
+	to := p.deps.Registry
+	if opts.Insecure {
+		to = to.Lenient()
+	}
+	return &push{
+		Pusher: p, ref: named.String(), repo: named.Name(), to: to.With(opts.Credentials), progress: opts.Progress,
+		slots: make(chan struct{}, parallel), compression: opts.Compression,
+	}, nil
 }
 
 // push is one image on its way.

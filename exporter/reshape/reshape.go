@@ -120,6 +120,33 @@ func (s Shaper) Apply(ctx context.Context, r exporter.Result, o Options, c layer
 	return r, nil
 }
 
+// Layer is what Apply will make of the i-th layer of snap, lowest first, which is going to be in the result of ref: for an export that
+// begins before all of it is there. It is not ok when that cannot be known yet.
+func (s Shaper) Layer(ctx context.Context, ref exporter.Ref, snap snapshot.Snapshot, i int, o Options, c layerblob.Compression, latest *time.Time) (id layer.ID, ok bool, err error) {
+	id = snap[i]
+	if o.Squash != SquashNone {
+		return "", false, nil
+	}
+	if o.RewriteTimestamp && latest != nil {
+		ref.Snapshot = snap
+		base, err := s.base(ctx, ref)
+		if err != nil {
+			return "", false, err
+		}
+		if i >= base {
+			if id, err = s.Clamp(ctx, id, *latest); err != nil {
+				return "", false, err
+			}
+		}
+	}
+	if c.Estargz {
+		if id, err = s.estargzLayer(ctx, id, snap[:i], c); err != nil {
+			return "", false, err
+		}
+	}
+	return id, true, nil
+}
+
 // base is how many of a platform's layers are those of its base image, by what the base image's config says.
 func (s Shaper) base(ctx context.Context, ref exporter.Ref) (int, error) {
 	if len(ref.Base) == 0 {
@@ -155,19 +182,23 @@ func (s Shaper) clamp(ctx context.Context, ref exporter.Ref, base int, latest ti
 // estargz makes layers that have a form as eStargz.
 func (s Shaper) estargz(ctx context.Context, ref exporter.Ref, c layerblob.Compression, opts exporter.Options) (exporter.Ref, error) {
 	defer opts.Step("exporting layers as estargz")()
+	return replaced(ctx, ref, func(ctx context.Context, i int, id layer.ID) (layer.ID, error) {
+		return s.estargzLayer(ctx, id, ref.Snapshot[:i], c)
+	})
+}
+
+func (s Shaper) estargzLayer(ctx context.Context, id layer.ID, under snapshot.Snapshot, c layerblob.Compression) (layer.ID, error) {
 	level := "usual"
 	if c.Level != nil {
 		level = strconv.Itoa(*c.Level)
 	}
-	return replaced(ctx, ref, func(ctx context.Context, i int, id layer.ID) (layer.ID, error) {
-		below, err := s.view(ctx, ref.Snapshot[:i])
-		if err != nil {
-			return "", err
-		}
-		good := func(made layer.ID) bool { return made == id || s.Blobs.IsEstargz(ctx, made) }
-		return s.derive(fmt.Sprintf("estargz %s %v %s", level, c.Force, id), good, func() (layer.ID, error) {
-			return s.Blobs.Estargz(ctx, id, below, c)
-		})
+	below, err := s.view(ctx, under)
+	if err != nil {
+		return "", err
+	}
+	good := func(made layer.ID) bool { return made == id || s.Blobs.IsEstargz(ctx, made) }
+	return s.derive(fmt.Sprintf("estargz %s %v %s", level, c.Force, id), good, func() (layer.ID, error) {
+		return s.Blobs.Estargz(ctx, id, below, c)
 	})
 }
 
