@@ -48,6 +48,12 @@ COPY top /dir/top
 // exportTo builds dockerfile with these outputs.
 func (te *testEngine) exportTo(dockerfile string, attrs map[string]string, exports ...bkclient.ExportEntry) (map[string]string, error) {
 	te.t.Helper()
+	return te.exportWith(dockerfile, bkclient.SolveOpt{FrontendAttrs: attrs, Exports: exports})
+}
+
+// exportWith builds dockerfile, and what else solve says.
+func (te *testEngine) exportWith(dockerfile string, solve bkclient.SolveOpt) (map[string]string, error) {
+	te.t.Helper()
 	dir := te.t.TempDir()
 	for name, text := range map[string]string{"Dockerfile": dockerfile, "top": "top"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
@@ -58,10 +64,8 @@ func (te *testEngine) exportTo(dockerfile string, attrs map[string]string, expor
 	if err != nil {
 		te.t.Fatal(err)
 	}
-	response, err := te.client.Solve(te.t.Context(), nil, bkclient.SolveOpt{
-		Frontend: "dockerfile.v0", FrontendAttrs: attrs, Exports: exports,
-		LocalMounts: map[string]fsutil.FS{"context": files, "dockerfile": files},
-	}, nil)
+	solve.Frontend, solve.LocalMounts = "dockerfile.v0", map[string]fsutil.FS{"context": files, "dockerfile": files}
+	response, err := te.client.Solve(te.t.Context(), nil, solve, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -298,7 +302,7 @@ func TestExportImages(t *testing.T) {
 	te := openTest(t)
 	te.base()
 	for _, typ := range []string{"oci", "docker"} {
-		for _, compression := range []string{"uncompressed", "gzip", "zstd"} {
+		for _, compression := range []string{"uncompressed", "gzip", "zstd", "estargz"} {
 			t.Run(typ+"/"+compression, func(t *testing.T) {
 				attrs := map[string]string{"name": "example.com/team/app:1,other", "compression": compression}
 				if compression == "zstd" {
@@ -354,7 +358,7 @@ func TestExportImages(t *testing.T) {
 		}
 	}
 	for attrs, want := range map[string]string{
-		"compression=estargz": "not supported yet: compression=estargz", "rewrite-timestamp=x": "not true or false", "squash=some": "want all",
+		"compression=bzip2": "compression=bzip2: not supported", "rewrite-timestamp=x": "not true or false", "squash=some": "want all",
 		"compression-level=10": "gzip has 0 to 9", "unknown=1": "not supported yet: unknown=1", "push=true": "not supported yet: push=true",
 	} {
 		key, value, _ := strings.Cut(attrs, "=")

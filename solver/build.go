@@ -127,8 +127,10 @@ type Build struct {
 	pins    map[digest.Digest]result
 	made    map[digest.Digest]made
 	reports map[digest.Digest]*Report
-	running int // runs that have a slot and count for this build
-	closed  bool
+	// watchers are told of vertices that are done.
+	watchers []*watcher
+	running  int // runs that have a slot and count for this build
+	closed   bool
 }
 
 // entry is a vertex with what the build knows of it.

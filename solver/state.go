@@ -76,6 +76,9 @@ func (n *node) set(to state) {
 			show.complete(n.vertex, nil)
 		}
 		w.build.made[n.vertex.Digest] = made{outputs: n.outputs, ran: !n.cached}
+		for _, watcher := range w.build.watchers {
+			watcher.tell(n.vertex.Digest, n.outputs)
+		}
 	case failed:
 		n.report(Failed)
 		show.start(n.vertex)

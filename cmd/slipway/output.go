@@ -128,6 +128,10 @@ func (o *buildOptions) nameOutput(attrs map[string]string) (named bool, err erro
 		if _, ok := named.(reference.Digested); ok {
 			return false, fmt.Errorf("image name %q: has a digest; the digest of what is built is not known before", name)
 		}
+		if byDigest, _ := strconv.ParseBool(attrs["push-by-digest"]); byDigest {
+			names[i] = named.String()
+			continue
+		}
 		names[i] = reference.TagNameOnly(named).String()
 	}
 	if len(names) > 0 {

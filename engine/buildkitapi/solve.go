@@ -157,9 +157,8 @@ type outcome struct {
 }
 
 // run is one build: frontend, solve, export.
-func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, made *outcome) (map[string]string, error) {
+func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, made *outcome) (_ map[string]string, err error) {
 	var res *gwclient.Result
-	var err error
 	if req.clientFrontend {
 		res, err = b.bridge.Wait(ctx)
 	} else {
@@ -170,7 +169,10 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if err != nil {
 		return nil, err
 	}
+	early := s.begin(ctx, session, req, made.origin.Solver, res)
 	result, err := evaluate(ctx, made.origin.Solver, res)
+	early.built()
+	defer func() { early.end(err) }()
 	if err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@
 package image
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -10,19 +11,29 @@ import (
 	"strings"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 
+	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/exporter/layerblob"
 	"github.com/seed-68981b69/slipway/exporter/reshape"
 )
 
 // attrs are the options of one export.
 type attrs struct {
-	names  []string // as given; "*" is the name that the frontend chose
-	push   bool
-	store  bool
-	docker bool // Docker's media types instead of OCI's
+	names    []string // as given; "*" is the name that the frontend chose
+	push     bool
+	byDigest bool // the registry gets no tag
+	insecure bool
+	store    bool
+	docker   bool // Docker's media types instead of OCI's
+	// canonical adds NAME@DIGEST for each name; dangling is a name that becomes one of that form, without a name of its own, and
+	// danglingOnly says that it does so only for an image without another name.
+	canonical    bool
+	dangling     string
+	danglingOnly bool
 	// artifact says whether attestation manifests are OCI artifacts; nil means that they are.
 	artifact *bool
 	epoch    *time.Time
@@ -30,12 +41,13 @@ type attrs struct {
 	epochSet    bool
 	annotations Annotations
 	reshape     reshape.Options
+	compression layerblob.Compression
 }
 
 // parseAttrs refuses what this exporter does not do, by name.
 func parseAttrs(given map[string]string) (attrs, error) {
-	a := attrs{store: true}
-	compression := ""
+	a := attrs{store: true, compression: layerblob.Compression{Kind: compress.Gzip}}
+	form := "" // an attribute about blobs, which only registries get
 	for _, key := range slices.Sorted(maps.Keys(given)) {
 		value := given[key]
 		var on bool
@@ -60,17 +72,30 @@ func parseAttrs(given map[string]string) (attrs, error) {
 		case exptypes.OptKeySourceDateEpoch:
 			a.epochSet = true
 			a.epoch, err = ParseEpoch(value)
-		case exptypes.OptKeyLayerCompression:
-			compression = value
-		case exptypes.OptKeyPushByDigest, exptypes.OptKeyInsecure, exptypes.OptKeyNameCanonical,
-			exptypes.OptKeyForceCompression, exptypes.OptKeyPreferNondistLayers,
-			exptypes.OptKeyDanglingEmptyOnly:
+		case exptypes.OptKeyPushByDigest:
+			a.byDigest, err = ParseBool(value)
+		case exptypes.OptKeyInsecure:
+			a.insecure, err = ParseBool(value)
+		case exptypes.OptKeyNameCanonical:
+			a.canonical, err = ParseBool(value)
+		case exptypes.OptKeyDanglingPrefix:
+			a.dangling, err = parseDangling(value)
+		case exptypes.OptKeyDanglingEmptyOnly:
+			a.danglingOnly, err = ParseBool(value)
+		case exptypes.OptKeyPreferNondistLayers:
 			if on, err = ParseBool(value); on {
 				return attrs{}, NotSupported(key, value)
 			}
+		case "buildinfo", "buildinfo-attrs":
+			// Build information is no longer part of images (BuildKit v0.12 and later ignore these, too).
 		default:
 			var ok bool
 			if ok, err = a.reshape.Set(key, value); !ok {
+				if ok, err = a.compression.Set(key, value); ok && (k != exptypes.OptKeyForceCompression || a.compression.Force) {
+					form = key + "=" + value
+				}
+			}
+			if !ok {
 				ok, err = a.annotations.Add(key, value)
 			}
 			if !ok {
@@ -81,19 +106,52 @@ func parseAttrs(given map[string]string) (attrs, error) {
 			return attrs{}, fmt.Errorf("attribute %s=%s: %w", key, value, err)
 		}
 	}
-	if compression != "" && (compression != "gzip" || !a.push) {
-		return attrs{}, NotSupported(string(exptypes.OptKeyLayerCompression), compression)
+	return a, a.check(form)
+}
+
+// check says what is wrong with the attributes together.
+func (a attrs) check(form string) error {
+	if err := a.compression.Check(a.docker); err != nil {
+		return err
 	}
 	if err := CheckArtifact(a.artifact, a.docker); err != nil {
-		return attrs{}, err
+		return err
 	}
-	if a.push && len(a.names) == 0 {
-		return attrs{}, fmt.Errorf("push needs a name: give the image one that begins with its registry")
+	switch {
+	case form != "" && !a.push && !a.compression.Estargz && (a.compression.Kind != compress.None || a.compression.Force):
+		return fmt.Errorf("attribute %s without push=true: layers in the local store are not compressed", form)
+	case a.push && len(a.names) == 0 && a.dangling == "":
+		return errors.New("push needs a name: give the image one that begins with its registry")
+	case !a.store && !a.push:
+		return errors.New("store=false without push=true: nothing would be left of the result")
+	case a.byDigest && !a.push:
+		return errors.New("push-by-digest=true without push=true")
+	case a.insecure && !a.push:
+		return errors.New("registry.insecure=true without push=true")
 	}
-	if !a.store && !a.push {
-		return attrs{}, fmt.Errorf("store=false without push=true: nothing would be left of the result")
+	if a.byDigest {
+		for _, name := range a.names {
+			if named, err := reference.ParseNormalizedNamed(name); err == nil && !reference.IsNameOnly(named) {
+				return fmt.Errorf("image name %q: has a tag, which push-by-digest=true does not set", name)
+			}
+		}
 	}
-	return a, nil
+	return nil
+}
+
+// parseDangling reads a name to which a digest will be added.
+func parseDangling(value string) (string, error) {
+	if value == "" {
+		return "", nil
+	}
+	named, err := reference.ParseNormalizedNamed(value)
+	if err != nil {
+		return "", err
+	}
+	if !reference.IsNameOnly(named) {
+		return "", errors.New("want a name without a tag or digest")
+	}
+	return named.Name(), nil
 }
 
 // NotSupported is the error for an attribute that is not honoured.

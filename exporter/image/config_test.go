@@ -193,9 +193,31 @@ func TestAttrs(t *testing.T) {
 		{map[string]string{"source-date-epoch": "77"}, "", func(a attrs) bool { return a.epoch.Unix() == 77 }},
 		{map[string]string{"source-date-epoch": ""}, "", func(a attrs) bool { return a.epochSet && a.epoch == nil }},
 		{map[string]string{"name": "a", "push": "1", "compression": "gzip"}, "", nil},
-		{map[string]string{"compression": "gzip"}, "not supported yet: compression=gzip", nil},
-		{map[string]string{"name": "a", "push": "1", "compression": "zstd"}, "not supported yet: compression=zstd", nil},
-		{map[string]string{"push-by-digest": "true"}, "not supported yet: push-by-digest=true", nil},
+		{map[string]string{"name": "a", "push": "1", "compression": "zstd", "compression-level": "22", "force-compression": ""}, "", func(a attrs) bool {
+			return a.compression.Kind == "zstd" && *a.compression.Level == 22 && a.compression.Force
+		}},
+		{map[string]string{"compression": "gzip"}, "compression=gzip without push=true", nil},
+		{map[string]string{"compression": "uncompressed"}, "", nil},
+		{map[string]string{"compression": "estargz"}, "", func(a attrs) bool { return a.compression.Estargz }},
+		{map[string]string{"compression": "estargz", "oci-mediatypes": "false"}, "conflicts with oci-mediatypes=false", nil},
+		{map[string]string{"name": "a", "push": "1", "compression": "zstd", "oci-mediatypes": "false"}, "conflicts with oci-mediatypes=false", nil},
+		{map[string]string{"name": "a", "push": "1", "compression": "zstd", "compression-level": "23"}, "zstd has 0 to 22", nil},
+		{map[string]string{"name": "a", "push": "1", "compression": "estargz", "compression-level": "10"}, "gzip has 0 to 9", nil},
+		{map[string]string{"name": "a", "push": "1", "compression": "bzip2"}, "compression=bzip2: not supported", nil},
+		{map[string]string{"push-by-digest": "true"}, "without push=true", nil},
+		{map[string]string{"registry.insecure": "true"}, "without push=true", nil},
+		{map[string]string{"name": "a:1", "push": "1", "push-by-digest": "true"}, "has a tag", nil},
+		{map[string]string{"name": "a", "push": "1", "push-by-digest": "", "registry.insecure": "1", "name-canonical": "1"}, "", func(a attrs) bool {
+			return a.byDigest && a.insecure && a.canonical
+		}},
+		{map[string]string{"dangling-name-prefix": "team/app", "danging-name-empty-only": "true", "push": "1"}, "", func(a attrs) bool {
+			return a.dangling == "docker.io/team/app" && a.danglingOnly
+		}},
+		{map[string]string{"dangling-name-prefix": "team/app:1"}, "without a tag or digest", nil},
+		{map[string]string{"prefer-nondist-layers": "true"}, "not supported yet: prefer-nondist-layers=true", nil},
+		{map[string]string{"buildinfo": "true", "buildinfo-attrs": "false"}, "", nil},
+		{map[string]string{"squash": "all", "rewrite-timestamp": "true"}, "", func(a attrs) bool { return a.reshape.Squash == "all" && a.reshape.RewriteTimestamp }},
+		{map[string]string{"squash": "true"}, "want all", nil},
 		{map[string]string{"annotation-bad.x": "y"}, "unrecognized annotation type bad", nil},
 		{map[string]string{"nonsense": "1"}, "not supported yet: nonsense=1", nil},
 		{map[string]string{"push": "perhaps"}, "push=perhaps: not true or false", nil},

@@ -17,10 +17,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -29,6 +33,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
 	"github.com/seed-68981b69/slipway/exporter/registry"
@@ -41,7 +46,7 @@ type Deps struct {
 	Blobs   *blob.Store
 	Images  *image.Store
 	Records *record.Store
-	// LayerBlobs compresses the layers of images with attestations; nil means that there are none.
+	// LayerBlobs makes eStargz layers and compresses the layers of images with attestations; nil means one of the exporter's own.
 	LayerBlobs *layerblob.Maker
 	// Pusher is for push=true.
 	Pusher *registry.Pusher
@@ -49,6 +54,9 @@ type Deps struct {
 
 // New returns the factory for the type "image".
 func New(deps Deps) exporter.Factory {
+	if deps.LayerBlobs == nil {
+		deps.LayerBlobs = layerblob.New(layerblob.Deps{Layers: deps.Layers, Blobs: deps.Blobs, Records: deps.Records})
+	}
 	return func(given map[string]string) (exporter.Exporter, error) {
 		a, err := parseAttrs(given)
 		if err != nil {
@@ -71,8 +79,7 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	if err != nil {
 		return nil, err
 	}
-	shaper := reshape.Shaper{Layers: e.deps.Layers, Records: e.deps.Records}
-	r, err = shaper.Apply(ctx, r, e.attrs.reshape, func(platformID string) (*time.Time, error) {
+	r, err = e.shaper().Apply(ctx, r, e.attrs.reshape, e.attrs.compression, func(platformID string) (*time.Time, error) {
 		return Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
 	}, opts)
 	if err != nil {
@@ -88,25 +95,143 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	}
 	desc := target
 	if e.attrs.push {
-		for _, name := range names {
-			// All names get the same manifest; the second push finds everything there.
-			desc, err = e.deps.Pusher.Push(ctx, img, name, registry.Options{
-				Credentials: opts.Credentials,
-				Progress:    opts.Transfer("pushing"),
-			})
-			if err != nil {
-				return nil, err
-			}
-			opts.Step(fmt.Sprintf("pushing manifest for %s@%s", name, desc.Digest))() // the digest by which others find it
+		if desc, err = e.push(ctx, img, names, opts); err != nil {
+			return nil, err
 		}
 	}
 	return e.response(img, desc, names)
 }
 
+// push sends the image to all registries at once, and to one registry under one name after the other: the second finds
+// everything there.
+func (e *imageExporter) push(ctx context.Context, img image.Image, names []string, opts exporter.Options) (ocispec.Descriptor, error) {
+	byHost, err := e.destinations(names)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	var mu sync.Mutex // guards pushed
+	var pushed ocispec.Descriptor
+	group, gctx := errgroup.WithContext(ctx)
+	for _, destinations := range byHost {
+		group.Go(func() error {
+			for _, to := range destinations {
+				o := e.pushOptions(opts)
+				o.ByDigest = to.byDigest
+				desc, err := e.deps.Pusher.Push(gctx, img, to.name, o)
+				if err != nil {
+					return err
+				}
+				opts.Step(fmt.Sprintf("pushing manifest for %s@%s", to.name, desc.Digest))() // the digest by which others find it
+				mu.Lock()
+				pushed = desc // all get the same manifest
+				mu.Unlock()
+			}
+			return nil
+		})
+	}
+	return pushed, group.Wait()
+}
+
+// destination is a place in a registry.
+type destination struct {
+	name     string
+	byDigest bool
+}
+
+// destinations are where the image goes, by registry.
+func (e *imageExporter) destinations(names []string) (map[string][]destination, error) {
+	byHost := map[string][]destination{}
+	add := func(name string, byDigest bool) error {
+		named, err := reference.ParseNormalizedNamed(name)
+		if err != nil {
+			return err
+		}
+		if byDigest {
+			name = named.Name()
+		}
+		host := reference.Domain(named)
+		byHost[host] = append(byHost[host], destination{name, byDigest})
+		return nil
+	}
+	for _, name := range names {
+		if err := add(name, e.attrs.byDigest); err != nil {
+			return nil, err
+		}
+	}
+	if name := e.danglingName(names); name != "" {
+		if err := add(name, true); err != nil {
+			return nil, err
+		}
+	}
+	return byHost, nil
+}
+
+func (e *imageExporter) pushOptions(opts exporter.Options) registry.Options {
+	return registry.Options{
+		Credentials: opts.Credentials,
+		Progress:    opts.Transfer("pushing"),
+		Compression: e.attrs.compression.Shaped(),
+		Insecure:    e.attrs.insecure,
+	}
+}
+
+func (e *imageExporter) shaper() reshape.Shaper {
+	return reshape.Shaper{Layers: e.deps.Layers, Records: e.deps.Records, Blobs: e.deps.LayerBlobs}
+}
+
+var _ exporter.Eager = (*imageExporter)(nil)
+
+// Begin implements exporter.Eager: a layer is packed, and sent to the registries when it is to be pushed, while later steps run. Nothing
+// gets a name by that.
+func (e *imageExporter) Begin(ctx context.Context, r exporter.Result, opts exporter.Options) (*exporter.Early, error) {
+	names, err := e.names(r)
+	if err != nil {
+		return nil, err
+	}
+	byHost, err := e.destinations(names)
+	if err != nil {
+		return nil, err
+	}
+	shaper, push := e.shaper(), e.pushOptions(opts)
+	return exporter.NewEarly(ctx, func(ctx context.Context, ref exporter.Ref, snap snapshot.Snapshot, i int) error {
+		latest, err := Epoch(r, ref.ID, e.attrs.epoch, e.attrs.epochSet)
+		if err != nil {
+			return err
+		}
+		id, ok, err := shaper.Layer(ctx, ref, snap, i, e.attrs.reshape, e.attrs.compression, latest)
+		if err != nil || !ok {
+			return err
+		}
+		if _, err := e.deps.Layers.Pack(ctx, id); err != nil || !e.attrs.push {
+			return err
+		}
+		group, gctx := errgroup.WithContext(ctx)
+		for _, destinations := range byHost {
+			group.Go(func() error {
+				for _, to := range destinations {
+					if err := e.deps.Pusher.PushLayer(gctx, id, to.name, push); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		return group.Wait()
+	}), nil
+}
+
+// danglingName is the name that the image gets with its digest only, "" for none.
+func (e *imageExporter) danglingName(names []string) string {
+	if e.attrs.danglingOnly && len(names) > 0 {
+		return ""
+	}
+	return e.attrs.dangling
+}
+
 // names are those that the image gets, in their full form.
 func (e *imageExporter) names(r exporter.Result) ([]string, error) {
 	names, err := Names(e.attrs.names, r)
-	if err == nil && e.attrs.push && len(names) == 0 {
+	if err == nil && e.attrs.push && len(names) == 0 && e.attrs.dangling == "" {
 		return nil, fmt.Errorf("push needs a name, and the build did not give the image one")
 	}
 	return names, err
@@ -118,9 +243,6 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names [
 	layers := make([][]Layer, len(r.Refs))
 	pack := e.pack
 	if r.Attested() {
-		if e.deps.LayerBlobs == nil {
-			return ocispec.Descriptor{}, fmt.Errorf("export image: attestations are not supported here")
-		}
 		pack = e.compress
 	}
 	group, gctx := errgroup.WithContext(ctx)
@@ -173,15 +295,13 @@ func (e *imageExporter) pack(ctx context.Context, id layer.ID) (Layer, error) {
 
 // compress returns a layer as the blob that a push sends.
 func (e *imageExporter) compress(ctx context.Context, id layer.ID) (Layer, error) {
-	b, err := e.deps.LayerBlobs.Layer(ctx, id, layerblob.Compression{Kind: compress.Gzip})
+	b, err := e.deps.LayerBlobs.Layer(ctx, id, e.attrs.compression.Shaped())
 	return Layer{b.Desc, b.DiffID}, err
 }
 
 // store names target in the local image store, and returns the image with what the store knows about it.
 func (e *imageExporter) store(ctx context.Context, names []string, target ocispec.Descriptor, opts exporter.Options) (image.Image, error) {
-	if !e.attrs.store {
-		names = nil
-	}
+	names = e.localNames(names, target.Digest)
 	var img image.Image
 	var err error
 	for _, name := range names {
@@ -200,11 +320,46 @@ func (e *imageExporter) store(ctx context.Context, names []string, target ocispe
 	return image.Image{Target: target}, nil
 }
 
+// localNames are the names in the local store. A tag that the registry does not get is none here.
+func (e *imageExporter) localNames(names []string, d digest.Digest) []string {
+	if !e.attrs.store {
+		return nil
+	}
+	var local []string
+	withDigest := func(name string) {
+		if named, err := reference.ParseNormalizedNamed(name); err == nil {
+			local = append(local, named.Name()+"@"+d.String())
+		}
+	}
+	for _, name := range names {
+		if e.attrs.byDigest {
+			continue // gets a name when its digest in the registry is known
+		}
+		if local = append(local, name); e.attrs.canonical {
+			withDigest(name)
+		}
+	}
+	if name := e.danglingName(names); name != "" {
+		withDigest(name)
+	}
+	slices.Sort(local)
+	return slices.Compact(local)
+}
+
 // response is what BuildKit's clients look for.
 func (e *imageExporter) response(img image.Image, desc ocispec.Descriptor, names []string) (map[string]string, error) {
 	resp := map[string]string{exptypes.ExporterImageDigestKey: desc.Digest.String()}
-	if len(names) > 0 {
-		resp[exptypes.ExporterImageNameKey] = strings.Join(names, ",")
+	named := slices.Clone(names)
+	if e.attrs.byDigest {
+		for i, name := range named {
+			named[i] = strings.TrimSuffix(name, ":latest")
+		}
+	}
+	if name := e.danglingName(names); name != "" {
+		named = append(named, name+"@"+desc.Digest.String())
+	}
+	if len(named) > 0 {
+		resp[exptypes.ExporterImageNameKey] = strings.Join(named, ",")
 	}
 	if desc.MediaType == ocispec.MediaTypeImageManifest || desc.MediaType == dockerManifest {
 		raw, err := e.deps.Blobs.ReadAll(img.Target.Digest)

@@ -7,12 +7,15 @@ package layerblob
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -29,7 +32,69 @@ type Compression struct {
 	Level *int
 	// Force is for pulled layers too, which otherwise stay the blobs that they came as.
 	Force bool
+	// Estargz asks for layers that have been through Maker.Estargz; Kind is gzip then.
+	Estargz bool
 }
+
+// Set takes an attribute of an export if it is one of these.
+func (c *Compression) Set(key, value string) (ok bool, err error) {
+	switch exptypes.ImageExporterOptKey(key) {
+	case exptypes.OptKeyLayerCompression:
+		c.Estargz = false
+		switch kind := compress.Kind(value); kind {
+		case compress.None, compress.Gzip, compress.Zstd:
+			c.Kind = kind
+		case Estargz:
+			c.Kind, c.Estargz = compress.Gzip, true
+		default:
+			err = fmt.Errorf("not supported: want %s, %s, %s or %s", compress.None, compress.Gzip, compress.Zstd, Estargz)
+		}
+	case exptypes.OptKeyCompressionLevel:
+		var level int
+		if level, err = strconv.Atoi(value); err != nil {
+			err = errors.New("not a number")
+		}
+		c.Level = &level
+	case exptypes.OptKeyForceCompression:
+		c.Force = true
+		if value != "" {
+			if c.Force, err = strconv.ParseBool(value); err != nil {
+				err = errors.New("not true or false")
+			}
+		}
+	default:
+		return false, nil
+	}
+	return true, err
+}
+
+// Shaped is what is left to ask for when layers have been made eStargz where that was wanted.
+func (c Compression) Shaped() Compression {
+	if c.Estargz {
+		return Compression{Kind: compress.Gzip}
+	}
+	return c
+}
+
+// Check says what is wrong with the attributes together. docker asks for Docker's media types.
+func (c Compression) Check(docker bool) error {
+	switch {
+	case docker && c.Estargz:
+		return fmt.Errorf("compression=%s conflicts with oci-mediatypes=false", Estargz)
+	case docker && c.Kind == compress.Zstd:
+		return errors.New("compression=zstd conflicts with oci-mediatypes=false")
+	}
+	if level := c.Level; level != nil {
+		if lowest, highest, _ := compress.Levels(c.Kind); *level < lowest || *level > highest {
+			return fmt.Errorf("attribute compression-level=%d: %s has %d to %d", *level, c.Kind, lowest, highest)
+		}
+	}
+	return nil
+}
+
+// Estargz is gzip with a table of contents, from which files can be read without the rest. It is no compress.Kind: the table
+// becomes part of the layer's tar, so that another layer is what has this form (Maker.Estargz).
+const Estargz = "estargz"
 
 // Deps is what a Maker works with.
 type Deps struct {
@@ -43,7 +108,7 @@ type Deps struct {
 type Maker struct {
 	deps   Deps
 	memo   compress.Memo
-	making locks
+	making Locks
 
 	mu       sync.Mutex        // guards verified
 	verified map[layer.ID]bool // tars that this process has read and found good
@@ -80,14 +145,29 @@ func (m *Maker) Layer(ctx context.Context, id layer.ID, c Compression) (Blob, er
 	return b, nil
 }
 
+// ByDiffID is Layer for who does not know yet which layer has the diff ID; find is asked only if it must be read.
+func (m *Maker) ByDiffID(ctx context.Context, diffID digest.Digest, c Compression, find func(context.Context) (layer.ID, error)) (b Blob, err error) {
+	b.DiffID = diffID
+	if b.Desc, err = m.DiffID(ctx, diffID, c, find); err == nil && b.Desc.Digest == diffID {
+		b.tar, err = find(ctx)
+	}
+	return b, err
+}
+
+// Stored is a blob of the blob store.
+func Stored(desc ocispec.Descriptor) Blob { return Blob{Desc: desc} }
+
 // DiffID is Layer for who does not know yet which layer has the diff ID; find is asked only if it must be read.
 func (m *Maker) DiffID(ctx context.Context, diffID digest.Digest, c Compression, find func(context.Context) (layer.ID, error)) (ocispec.Descriptor, error) {
-	release, err := m.making.acquire(ctx, diffID)
+	release, err := m.making.Acquire(ctx, diffID.String())
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	defer release()
 	if desc, ok, err := m.known(diffID, c); err != nil || ok {
+		if err == nil {
+			desc.Annotations, err = m.annotations(desc.Digest)
+		}
 		return desc, err
 	}
 	id, err := find(ctx)
@@ -121,6 +201,15 @@ func made(c Compression) compress.Kind {
 
 // known looks for a blob that is there. What was pulled comes first, whatever its compression: others have it too.
 func (m *Maker) known(diffID digest.Digest, c Compression) (ocispec.Descriptor, bool, error) {
+	desc, ok, err := m.pulled(diffID, c)
+	if err != nil || ok || c.Kind == compress.None {
+		return desc, ok, err
+	}
+	return m.memo.Get(diffID, made(c))
+}
+
+// pulled looks for a blob that was not made here.
+func (m *Maker) pulled(diffID digest.Digest, c Compression) (ocispec.Descriptor, bool, error) {
 	kinds := []compress.Kind{compress.Gzip, compress.Zstd}
 	slices.SortStableFunc(kinds, func(a, b compress.Kind) int { // the one that is wanted first
 		switch c.Kind {
@@ -147,10 +236,7 @@ func (m *Maker) known(diffID digest.Digest, c Compression) (ocispec.Descriptor, 
 			return desc, true, nil
 		}
 	}
-	if c.Kind == compress.None {
-		return ocispec.Descriptor{}, false, nil
-	}
-	return m.memo.Get(diffID, made(c))
+	return ocispec.Descriptor{}, false, nil
 }
 
 // compress makes a blob. The tar is read once: its own digest is checked on the way, so that a damaged layer cannot leave
@@ -290,36 +376,15 @@ func (v *verified) judge(got digest.Digest) error {
 	return nil
 }
 
-// locks is a lock for each key.
-type locks struct {
-	mu   sync.Mutex // guards held
-	held map[digest.Digest]chan struct{}
+// canceling is a reader that ends with a context.
+type canceling struct {
+	ctx context.Context
+	io.Reader
 }
 
-// acquire waits for the lock of key, or for the end of ctx.
-func (l *locks) acquire(ctx context.Context, key digest.Digest) (release func(), err error) {
-	for {
-		l.mu.Lock()
-		if l.held == nil {
-			l.held = map[digest.Digest]chan struct{}{}
-		}
-		busy, ok := l.held[key]
-		if !ok {
-			done := make(chan struct{})
-			l.held[key] = done
-			l.mu.Unlock()
-			return func() {
-				l.mu.Lock()
-				delete(l.held, key)
-				l.mu.Unlock()
-				close(done)
-			}, nil
-		}
-		l.mu.Unlock()
-		select {
-		case <-busy:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+func (c canceling) Read(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
 	}
+	return c.Reader.Read(p)
 }

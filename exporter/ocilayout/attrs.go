@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
@@ -38,18 +37,10 @@ func parseAttrs(given map[string]string) (attrs, error) {
 			return attrs{}, err
 		}
 	}
-	if a.docker && a.compression.Kind == compress.Zstd {
-		return attrs{}, fmt.Errorf("compression=zstd conflicts with oci-mediatypes=false")
-	}
 	if err := image.CheckArtifact(a.artifact, a.docker); err != nil {
 		return attrs{}, err
 	}
-	if level := a.compression.Level; level != nil {
-		if lowest, highest, _ := compress.Levels(a.compression.Kind); *level < lowest || *level > highest {
-			return attrs{}, fmt.Errorf("attribute compression-level=%d: %s has %d to %d", *level, a.compression.Kind, lowest, highest)
-		}
-	}
-	return a, nil
+	return a, a.compression.Check(a.docker)
 }
 
 func (a *attrs) set(key, value string) (err error) {
@@ -62,21 +53,6 @@ func (a *attrs) set(key, value string) (err error) {
 	case exptypes.OptKeyOCITypes:
 		on, err = image.ParseBool(value)
 		a.docker = !on
-	case exptypes.OptKeyLayerCompression:
-		switch kind := compress.Kind(value); kind {
-		case compress.None, compress.Gzip, compress.Zstd:
-			a.compression.Kind = kind
-		default:
-			return image.NotSupported(key, value)
-		}
-	case exptypes.OptKeyCompressionLevel:
-		var level int
-		if level, err = strconv.Atoi(value); err != nil {
-			err = fmt.Errorf("not a number")
-		}
-		a.compression.Level = &level
-	case exptypes.OptKeyForceCompression:
-		a.compression.Force, err = image.ParseBool(value)
 	case exptypes.OptKeySourceDateEpoch:
 		a.epochSet = true
 		a.epoch, err = image.ParseEpoch(value)
@@ -89,6 +65,9 @@ func (a *attrs) set(key, value string) (err error) {
 	default:
 		var ok bool
 		if ok, err = a.reshape.Set(key, value); !ok {
+			ok, err = a.compression.Set(key, value)
+		}
+		if !ok {
 			ok, err = a.annotations.Add(key, value)
 		}
 		if !ok {

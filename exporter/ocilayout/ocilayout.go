@@ -29,6 +29,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/blob"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/exporter/image"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
@@ -91,8 +92,8 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 	if err != nil {
 		return nil, err
 	}
-	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records}
-	r, err = shaper.Apply(ctx, r, e.attrs.reshape, func(platformID string) (*time.Time, error) {
+	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records, Blobs: e.deps.Layers}
+	r, err = shaper.Apply(ctx, r, e.attrs.reshape, e.attrs.compression, func(platformID string) (*time.Time, error) {
 		return image.Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
 	}, opts)
 	if err != nil {
@@ -125,6 +126,25 @@ func (e *layoutExporter) drops(r exporter.Result) func(exporter.Attestation) boo
 	}
 }
 
+var _ exporter.Eager = (*layoutExporter)(nil)
+
+// Begin implements exporter.Eager: layers are packed and compressed while later steps run.
+func (e *layoutExporter) Begin(ctx context.Context, r exporter.Result, _ exporter.Options) (*exporter.Early, error) {
+	shaper := reshape.Shaper{Layers: e.deps.Store, Records: e.deps.Records, Blobs: e.deps.Layers}
+	return exporter.NewEarly(ctx, func(ctx context.Context, ref exporter.Ref, snap snapshot.Snapshot, i int) error {
+		latest, err := image.Epoch(r, ref.ID, e.attrs.epoch, e.attrs.epochSet)
+		if err != nil {
+			return err
+		}
+		id, ok, err := shaper.Layer(ctx, ref, snap, i, e.attrs.reshape, e.attrs.compression, latest)
+		if err != nil || !ok {
+			return err
+		}
+		_, err = e.deps.Layers.Layer(ctx, id, e.attrs.compression.Shaped())
+		return err
+	}), nil
+}
+
 // layout is an image that is ready to be sent.
 type layout struct {
 	image.Assembled
@@ -151,7 +171,7 @@ func (e *layoutExporter) layout(ctx context.Context, r exporter.Result, names []
 		made[i] = make([]layerblob.Blob, len(ref.Snapshot))
 		for j, id := range ref.Snapshot {
 			group.Go(func() (err error) {
-				made[i][j], err = e.deps.Layers.Layer(gctx, id, e.attrs.compression)
+				made[i][j], err = e.deps.Layers.Layer(gctx, id, e.attrs.compression.Shaped())
 				return err
 			})
 		}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -18,16 +19,16 @@ import (
 )
 
 // layer sends the i-th layer of a manifest and returns its descriptor in the registry: as it is when it is a blob that we
-// have, or that the registry has; otherwise as gzip of the layer's tar.
+// have, or that the registry has; otherwise, or when that is forced, in the form that is asked for.
 func (s *push) layer(ctx context.Context, find *finder, i int, l ocispec.Descriptor, docker bool) (ocispec.Descriptor, error) {
 	kind, err := compress.MediaTypeKind(l.MediaType)
 	if err != nil {
 		// Not a layer of files (an attestation, an artifact): its bytes are all that there is to it.
-		return l, s.blob(ctx, l)
+		return l, s.blob(ctx, layerblob.Stored(l))
 	}
-	if kind != compress.None {
+	if kind != compress.None && !s.compression.Force {
 		if s.deps.Blobs.Has(l.Digest) {
-			return l, s.blob(ctx, l)
+			return l, s.blob(ctx, layerblob.Stored(l))
 		}
 		there, err := s.to.Has(ctx, s.ref, l)
 		if err != nil {
@@ -42,31 +43,44 @@ func (s *push) layer(ctx context.Context, find *finder, i int, l ocispec.Descrip
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	desc, err := s.layers.DiffID(ctx, diffID, layerblob.Compression{Kind: compress.Gzip}, func(ctx context.Context) (layer.ID, error) {
+	b, err := s.layers.ByDiffID(ctx, diffID, s.compression, func(ctx context.Context) (layer.ID, error) {
 		return find.layer(ctx, diffID)
 	})
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("push %s: %w", s.ref, err)
 	}
+	desc := b.Desc
 	if k, err := compress.MediaTypeKind(desc.MediaType); err == nil {
 		desc.MediaType = compress.MediaType(k, docker && k != compress.Zstd)
 	}
-	desc.Annotations = l.Annotations
-	return desc, s.blob(ctx, desc)
+	if len(l.Annotations) > 0 {
+		annotations := maps.Clone(l.Annotations)
+		maps.Copy(annotations, desc.Annotations)
+		desc.Annotations = annotations
+	}
+	b.Desc = desc
+	return desc, s.blob(ctx, b)
 }
 
-// blob sends one blob of the blob store.
-func (s *push) blob(ctx context.Context, desc ocispec.Descriptor) error {
+// blob sends one blob.
+func (s *push) blob(ctx context.Context, b layerblob.Blob) error {
+	desc := b.Desc
 	id := desc.Digest.String()
+	// Who comes second finds it there: a push that began before the build's end, or another build's.
+	release, err := s.sending.Acquire(ctx, s.repo+" "+id)
+	if err != nil {
+		return err
+	}
+	defer release()
 	open := func() (io.ReadCloser, error) {
 		s.progress(id, 0, desc.Size, false) // it is being sent, then
-		r, err := s.deps.Blobs.Open(desc.Digest)
+		r, err := s.layers.Open(ctx, b)
 		if err != nil {
 			return nil, fmt.Errorf("read blob %s: %w", desc.Digest, err)
 		}
-		return readCloser{io.NewSectionReader(r, 0, desc.Size), r}, nil
+		return r, nil
 	}
-	err := s.to.Push(ctx, s.ref, s.sources.Annotate(s.ref, desc), open, func(n int64) {
+	err = s.to.Push(ctx, s.ref, s.sources.Annotate(s.ref, desc), open, func(n int64) {
 		if n < desc.Size { // the end is reported below
 			s.progress(id, n, desc.Size, false)
 		}
@@ -76,11 +90,6 @@ func (s *push) blob(ctx context.Context, desc ocispec.Descriptor) error {
 	}
 	s.progress(id, desc.Size, desc.Size, true)
 	return nil
-}
-
-type readCloser struct {
-	io.Reader
-	io.Closer
 }
 
 // finder finds the layers of one image in the layer store.

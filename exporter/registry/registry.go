@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/seed-68981b69/slipway/cache/blob"
+	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
@@ -44,6 +46,7 @@ type Pusher struct {
 	deps    Deps
 	layers  *layerblob.Maker
 	sources registry.Sources
+	sending layerblob.Locks
 }
 
 // New returns a Pusher.
@@ -65,46 +68,88 @@ type Options struct {
 	// Progress is called with the bytes of each layer, by its digest in the registry, and once, done, with the full size for one that
 	// the registry had already. It may be called from several goroutines; nil is allowed. It fits solver.Progress.Status.
 	Progress func(id string, current, total int64, done bool)
+	// Compression is the form of the layers that have not been pulled, or of all; the zero value means gzip.
+	Compression layerblob.Compression
+	// ByDigest sets no tag.
+	ByDigest bool
+	// Insecure is for a registry without a certificate that somebody vouches for, or without any.
+	Insecure bool
 }
 
 // Push sends img to ref, whose tag ("latest" when it has none) is set last, and returns the manifest or index that it
 // names then. Of an index the platforms that are in the local store are sent: all of them as the same index, one alone
 // as its manifest. A manifest whose layers have not been compressed yet becomes another one with the same config.
 func (p *Pusher) Push(ctx context.Context, img image.Image, ref string, opts Options) (ocispec.Descriptor, error) {
-	named, err := registry.Parse(ref)
+	s, err := p.newPush(ref, opts)
 	if err != nil {
 		return ocispec.Descriptor{}, err
-	}
-	if strings.Contains(named.String(), "@") {
-		return ocispec.Descriptor{}, fmt.Errorf("push %s: a name to push to cannot have a digest", named)
-	}
-	if opts.Progress == nil {
-		opts.Progress = func(string, int64, int64, bool) {}
-	}
-	s := &push{
-		Pusher: p, ref: named.String(), repo: named.Name(), to: p.deps.Registry.With(opts.Credentials), progress: opts.Progress,
-		slots: make(chan struct{}, parallel),
 	}
 	desc, content, err := s.image(ctx, img.Target)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if err := s.to.Tag(ctx, s.ref, desc, content); err != nil {
+	if opts.ByDigest {
+		err = s.to.PushManifest(ctx, s.repo, desc, content)
+	} else {
+		err = s.to.Tag(ctx, s.ref, desc, content)
+	}
+	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if err := s.remember(ctx, img.Target, desc); err != nil {
+	if err := s.remember(ctx, img, desc, opts.ByDigest); err != nil {
 		slog.Warn("note the digest of a pushed image", "image", s.ref, "digest", desc.Digest, "error", err)
 	}
 	return desc, nil
 }
 
+// PushLayer sends the blob that Push would send for a layer of an image, and nothing that names it.
+func (p *Pusher) PushLayer(ctx context.Context, id layer.ID, ref string, opts Options) error {
+	s, err := p.newPush(ref, opts)
+	if err != nil {
+		return err
+	}
+	b, err := s.layers.Layer(ctx, id, s.compression)
+	if err != nil {
+		return fmt.Errorf("push %s: %w", s.ref, err)
+	}
+	if err := s.blob(ctx, b); err != nil {
+		return err
+	}
+	return s.sources.Add(s.ref, b.Desc.Digest)
+}
+
+func (p *Pusher) newPush(ref string, opts Options) (*push, error) {
+	named, err := registry.Parse(ref)
+	if err != nil {
+		return nil, err
+	}
+	if strings.Contains(named.String(), "@") {
+		return nil, fmt.Errorf("push %s: a name to push to cannot have a digest", named)
+	}
+	if opts.Progress == nil {
+		opts.Progress = func(string, int64, int64, bool) {}
+	}
+	if opts.Compression.Kind == "" {
+		opts.Compression.Kind = compress.Gzip
+	}
+	to := p.deps.Registry
+	if opts.Insecure {
+		to = to.Lenient()
+	}
+	return &push{
+		Pusher: p, ref: named.String(), repo: named.Name(), to: to.With(opts.Credentials), progress: opts.Progress,
+		slots: make(chan struct{}, parallel), compression: opts.Compression,
+	}, nil
+}
+
 // push is one image on its way.
 type push struct {
 	*Pusher
-	ref, repo string
-	to        *registry.Registry
-	progress  func(id string, current, total int64, done bool)
-	slots     chan struct{}
+	ref, repo   string
+	to          *registry.Registry
+	progress    func(id string, current, total int64, done bool)
+	slots       chan struct{}
+	compression layerblob.Compression
 }
 
 // image sends everything below target and returns the manifest or index to be tagged, which is not sent yet.
@@ -239,11 +284,12 @@ func (s *push) manifest(ctx context.Context, desc ocispec.Descriptor, raw []byte
 	changed := false
 	for i := range m.Layers {
 		sent[i] = sent[first[i]]
-		changed = changed || sent[i].Digest != m.Layers[i].Digest || sent[i].MediaType != m.Layers[i].MediaType
+		changed = changed || sent[i].Digest != m.Layers[i].Digest || sent[i].MediaType != m.Layers[i].MediaType ||
+			!maps.Equal(sent[i].Annotations, m.Layers[i].Annotations)
 	}
 	quiet := *s // progress is about layers
 	quiet.progress = func(string, int64, int64, bool) {}
-	if err := quiet.blob(ctx, m.Config); err != nil {
+	if err := quiet.blob(ctx, layerblob.Stored(m.Config)); err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
 	var blobs []digest.Digest
@@ -269,11 +315,17 @@ func (s *push) manifest(ctx context.Context, desc ocispec.Descriptor, raw []byte
 	return made, content, err
 }
 
-// remember gives an image that was pushed under its own name the digest that it has in the registry as one more name, which
-// is what docker lists as its RepoDigests and what a Dockerfile may say.
-func (s *push) remember(ctx context.Context, target, desc ocispec.Descriptor) error {
+// remember gives an image that was pushed under its own name, or only by its digest, the digest that it has in the registry as one
+// more name, which is what docker lists as its RepoDigests and what a Dockerfile may say.
+func (s *push) remember(ctx context.Context, img image.Image, desc ocispec.Descriptor, byDigest bool) error {
 	local, err := s.deps.Images.Get(ctx, s.ref)
-	if err != nil || local.Target.Digest != target.Digest || desc.Digest == target.Digest {
+	if byDigest {
+		if img.ID == "" {
+			return nil // not in the store
+		}
+		local, err = img, nil
+	}
+	if err != nil || local.Target.Digest != img.Target.Digest || desc.Digest == img.Target.Digest && !byDigest {
 		return nil // not ours to name, or found by that digest already
 	}
 	return s.deps.Images.Put(ctx, image.Image{Name: s.repo + "@" + desc.Digest.String(), Target: desc, Size: local.Size, Created: local.Created})

@@ -10,7 +10,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -25,6 +28,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
+	"github.com/seed-68981b69/slipway/exporter/layerblob"
 )
 
 // Squash is which layers become one.
@@ -70,19 +74,17 @@ func (o *Options) Set(key, value string) (ok bool, err error) {
 	return true, err
 }
 
-// None says that nothing is asked for.
-func (o Options) None() bool { return o == Options{} }
-
 // Shaper reshapes results. It may be used concurrently.
 type Shaper struct {
 	Layers  *layer.Store
 	Records *record.Store
+	Blobs   *layerblob.Maker
 }
 
-// Apply returns r with other layers. epoch gives the latest time that may appear in what is exported of a platform, nil when
+// Apply returns r with other layers, as o says and, when c asks for eStargz, c. epoch gives the latest time that may appear in what is exported of a platform, nil when
 // there is none; then times stay as they are and the client is told so.
-func (s Shaper) Apply(ctx context.Context, r exporter.Result, o Options, epoch func(platformID string) (*time.Time, error), opts exporter.Options) (exporter.Result, error) {
-	if o.None() {
+func (s Shaper) Apply(ctx context.Context, r exporter.Result, o Options, c layerblob.Compression, epoch func(platformID string) (*time.Time, error), opts exporter.Options) (exporter.Result, error) {
+	if o == (Options{}) && !c.Estargz {
 		return r, nil
 	}
 	refs := r.Refs
@@ -108,9 +110,41 @@ func (s Shaper) Apply(ctx context.Context, r exporter.Result, o Options, epoch f
 				return exporter.Result{}, err
 			}
 		}
+		if c.Estargz {
+			if ref, err = s.estargz(ctx, ref, c, opts); err != nil {
+				return exporter.Result{}, err
+			}
+		}
 		r.Refs[i] = ref
 	}
 	return r, nil
+}
+
+// Layer is what Apply will make of the i-th layer of snap, lowest first, which is going to be in the result of ref: for an export that
+// begins before all of it is there. It is not ok when that cannot be known yet.
+func (s Shaper) Layer(ctx context.Context, ref exporter.Ref, snap snapshot.Snapshot, i int, o Options, c layerblob.Compression, latest *time.Time) (id layer.ID, ok bool, err error) {
+	id = snap[i]
+	if o.Squash != SquashNone {
+		return "", false, nil
+	}
+	if o.RewriteTimestamp && latest != nil {
+		ref.Snapshot = snap
+		base, err := s.base(ctx, ref)
+		if err != nil {
+			return "", false, err
+		}
+		if i >= base {
+			if id, err = s.Clamp(ctx, id, *latest); err != nil {
+				return "", false, err
+			}
+		}
+	}
+	if c.Estargz {
+		if id, err = s.estargzLayer(ctx, id, snap[:i], c); err != nil {
+			return "", false, err
+		}
+	}
+	return id, true, nil
 }
 
 // base is how many of a platform's layers are those of its base image, by what the base image's config says.
@@ -136,56 +170,97 @@ func (s Shaper) base(ctx context.Context, ref exporter.Ref) (int, error) {
 
 // clamp rewrites the layers that are not the base image's.
 func (s Shaper) clamp(ctx context.Context, ref exporter.Ref, base int, latest time.Time, opts exporter.Options) (exporter.Ref, error) {
-	done := opts.Step(fmt.Sprintf("rewriting layers with source-date-epoch %d (%s)", latest.Unix(), latest.UTC()))
-	defer done()
-	clamped := make(snapshot.Snapshot, len(ref.Snapshot))
-	copy(clamped, ref.Snapshot[:base])
+	defer opts.Step(fmt.Sprintf("rewriting layers with source-date-epoch %d (%s)", latest.Unix(), latest.UTC()))()
+	return replaced(ctx, ref, func(ctx context.Context, i int, id layer.ID) (layer.ID, error) {
+		if i < base {
+			return id, nil
+		}
+		return s.Clamp(ctx, id, latest)
+	})
+}
+
+// estargz makes layers that have a form as eStargz.
+func (s Shaper) estargz(ctx context.Context, ref exporter.Ref, c layerblob.Compression, opts exporter.Options) (exporter.Ref, error) {
+	defer opts.Step("exporting layers as estargz")()
+	return replaced(ctx, ref, func(ctx context.Context, i int, id layer.ID) (layer.ID, error) {
+		return s.estargzLayer(ctx, id, ref.Snapshot[:i], c)
+	})
+}
+
+func (s Shaper) estargzLayer(ctx context.Context, id layer.ID, under snapshot.Snapshot, c layerblob.Compression) (layer.ID, error) {
+	level := "usual"
+	if c.Level != nil {
+		level = strconv.Itoa(*c.Level)
+	}
+	below, err := s.view(ctx, under)
+	if err != nil {
+		return "", err
+	}
+	good := func(made layer.ID) bool { return made == id || s.Blobs.IsEstargz(ctx, made) }
+	return s.derive(fmt.Sprintf("estargz %s %v %s", level, c.Force, id), good, func() (layer.ID, error) {
+		return s.Blobs.Estargz(ctx, id, below, c)
+	})
+}
+
+// view is what a stack of layers shows.
+func (s Shaper) view(ctx context.Context, snap snapshot.Snapshot) (view, error) {
+	stack := make([]*index.Index, len(snap))
+	for i, id := range snap {
+		var err error
+		if stack[i], err = s.Layers.Index(ctx, id); err != nil {
+			return view{}, err
+		}
+	}
+	return view{index.Merge(stack...), s.Layers, snap}, nil
+}
+
+// view implements layer.Files.
+type view struct {
+	*index.View
+	layers *layer.Store
+	snap   snapshot.Snapshot
+}
+
+func (v view) OpenFile(ctx context.Context, path string) (io.ReadCloser, error) {
+	i, ok := v.Layer(path)
+	if !ok {
+		return nil, fmt.Errorf("open %q: %w", path, fs.ErrNotExist)
+	}
+	return v.layers.OpenFile(ctx, v.snap[i], path)
+}
+
+// Clamp is layer.Store.Clamp, remembered.
+func (s Shaper) Clamp(ctx context.Context, id layer.ID, latest time.Time) (layer.ID, error) {
+	return s.derive(fmt.Sprintf("clamp %d %s", latest.Unix(), id), nil, func() (layer.ID, error) {
+		return s.Layers.Clamp(ctx, id, latest)
+	})
+}
+
+// replaced is ref with another layer in the place of each. Which step has made which of them stays known.
+func replaced(ctx context.Context, ref exporter.Ref, replace func(ctx context.Context, i int, id layer.ID) (layer.ID, error)) (exporter.Ref, error) {
+	old := ref.Snapshot
+	snap := make(snapshot.Snapshot, len(old))
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))
-	for i, id := range ref.Snapshot[base:] {
+	for i, id := range old {
 		group.Go(func() (err error) {
-			clamped[base+i], err = s.Clamp(gctx, id, latest)
+			snap[i], err = replace(gctx, i, id)
 			return err
 		})
 	}
 	if err := group.Wait(); err != nil {
 		return exporter.Ref{}, err
 	}
-	return replaced(ref, clamped), nil
-}
-
-// Clamp is layer.Store.Clamp, remembered.
-func (s Shaper) Clamp(ctx context.Context, id layer.ID, latest time.Time) (layer.ID, error) {
-	return s.derive(fmt.Sprintf("clamp %d %s", latest.Unix(), id), func() (layer.ID, error) {
-		return s.Layers.Clamp(ctx, id, latest)
-	})
-}
-
-// replaced is ref with as many other layers. Which step has made which of them stays known.
-func replaced(ref exporter.Ref, snap snapshot.Snapshot) exporter.Ref {
-	old := ref.Snapshot
 	chain := ref.Chain
 	ref.Snapshot, ref.Chain = snap, nil
 	for _, step := range chain {
-		if len(step) > len(old) || !equal(step, old[:len(step)]) {
+		if len(step) > len(old) || !slices.Equal(step, old[:len(step)]) {
 			ref.Chain = nil // not built on the step before
 			break
 		}
 		ref.Chain = append(ref.Chain, snap[:len(step):len(step)])
 	}
-	return ref
-}
-
-func equal(a, b snapshot.Snapshot) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
+	return ref, nil
 }
 
 // squash makes one layer of those from base on, or of all, and returns how many of the result are the base image's.
@@ -199,14 +274,10 @@ func (s Shaper) squash(ctx context.Context, ref exporter.Ref, base int, which Sq
 	defer opts.Step(fmt.Sprintf("squashing %d layers", len(ref.Snapshot)-base))()
 	var below index.Tree
 	if base > 0 {
-		stack := make([]*index.Index, base)
-		for i, id := range ref.Snapshot[:base] {
-			var err error
-			if stack[i], err = s.Layers.Index(ctx, id); err != nil {
-				return exporter.Ref{}, 0, err
-			}
+		var err error
+		if below, err = s.view(ctx, ref.Snapshot[:base]); err != nil {
+			return exporter.Ref{}, 0, err
 		}
-		below = index.Merge(stack...)
 	}
 	names := make([]string, len(ref.Snapshot))
 	for i, id := range ref.Snapshot {
@@ -214,7 +285,7 @@ func (s Shaper) squash(ctx context.Context, ref exporter.Ref, base int, which Sq
 	}
 	// What is below decides too: over something else, other whiteouts are needed.
 	key := "squash " + digest.FromString(strconv.Itoa(base)+" "+strings.Join(names, " ")).String()
-	id, err := s.derive(key, func() (layer.ID, error) { return s.Layers.Flatten(ctx, ref.Snapshot[base:], below) })
+	id, err := s.derive(key, nil, func() (layer.ID, error) { return s.Layers.Flatten(ctx, ref.Snapshot[base:], below) })
 	if err != nil {
 		return exporter.Ref{}, 0, err
 	}
@@ -262,14 +333,15 @@ func squashHistory(ref exporter.Ref, base int) ([]byte, error) {
 	return json.Marshal(doc)
 }
 
-// derive returns the layer that was derived under key before, or makes it.
-func (s Shaper) derive(key string, make func() (layer.ID, error)) (layer.ID, error) {
+// derive returns the layer that was derived under key before, if it is still there and, when that is asked, good; or makes it.
+func (s Shaper) derive(key string, good func(layer.ID) bool, make func() (layer.ID, error)) (layer.ID, error) {
 	raw, ok, err := s.Records.GetValue(bucket, key)
 	if err != nil {
 		return "", err
 	}
 	if id := layer.ID(raw); ok && s.Layers.Exists(id) {
-		if _, err := s.Layers.Stat(context.Background(), id); err == nil { // a use, from now on
+		// Stat is a use, so that the layer stays from now on.
+		if _, err := s.Layers.Stat(context.Background(), id); err == nil && (good == nil || good(id)) {
 			return id, nil
 		}
 	}
