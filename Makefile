@@ -11,10 +11,11 @@ GOFUMPT   := mvdan.cc/gofumpt@v0.12.0
 # What the build needs, what the tests need besides, and what the demo needs besides, from Debian.
 BUILD_PACKAGES := libseccomp-dev pkg-config gcc libc6-dev ca-certificates
 TEST_PACKAGES  := busybox-static skopeo umoci buildah mmdebstrap nftables iproute2
+BENCH_PACKAGES := busybox-static buildah runc
 DEMO_PACKAGES  := busybox-static mmdebstrap curl
 
 .DEFAULT_GOAL := help
-.PHONY: help build runner deps-build deps-test deps-demo test race script realworld fuzz torture bench-store lint golden demo check clean
+.PHONY: help build runner deps-build deps-test deps-demo deps-bench test race script realworld fuzz torture bench bench-store lint golden demo check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ deps-build:
 
 deps-test: deps-build
 	$(call apt-install,$(TEST_PACKAGES))
+
+deps-bench: deps-build
+	$(call apt-install,$(BENCH_PACKAGES))
 
 deps-demo: deps-build
 	$(call apt-install,$(DEMO_PACKAGES))
@@ -70,6 +74,9 @@ lint: deps-build ## go vet, staticcheck, gofumpt
 torture: build deps-test ## kill slipway and store workers at random points, and check what is left (5 minutes)
 	@mkdir -p $(TMP) && dir=$$(mktemp -d $(TMP)/torture.XXXXXX) && \
 	$(GO) run ./cache/cachetest/torture -runs 200 -builds 60 -slipway $(BIN) -root $$dir; status=$$?; rm -rf $$dir; exit $$status
+
+bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 15 GB of disk, 20 minutes); writes .tmp/bench
+	@mkdir -p $(TMP) && $(GO) run ./bench -build-peers -dir $(TMP) -plant 10ms -out $(TMP)/bench
 
 bench-store: runner ## measure the store beside its floors (root, 8 GB of disk, 4 minutes); prints a table
 	@mkdir -p $(TMP) && dir=$$(mktemp -d $(TMP)/bench.XXXXXX) && \

@@ -82,3 +82,8 @@ func install(pkg, name string) (string, error) {
 	}
 	return bin, os.Rename(filepath.Join(work, name), bin)
 }
+
+// Buildkitd returns the path of a buildkitd, made in the same way. It is what the bench compares us with.
+func Buildkitd() (string, error) {
+	return install("github.com/moby/buildkit/cmd/buildkitd", "buildkitd")
+}

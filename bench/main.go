@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command bench measures slipway side by side with what users would pick instead, in one run on one machine. See
+// README.md in this folder for what is fair and what the columns mean.
+//
+//	go run ./bench -scenario NAME -peers LIST -runs N -out DIR
+//
+// Every scenario is a file, scenario_NAME.go, that says what it measures. Input is made from -seed. Slipway, its peers and the floor
+// (the same physical work with nothing around it) take turns, so that all see the same machine. It needs root.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:])
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// options are the flags.
+type options struct {
+	scenarios []string
+	peers     []string
+	runs      int
+	out, dir  string
+	seed      uint64
+	slipway   string
+	plant     time.Duration
+	settle    time.Duration
+	build     bool
+	keep      bool
+}
+
+func parseFlags(args []string) (options, error) {
+	var o options
+	f := flag.NewFlagSet("bench", flag.ContinueOnError)
+	scenarioNames := f.String("scenario", "all", "measure these comma-separated `names`, or all: "+strings.Join(names(), ", "))
+	peerList := f.String("peers", "found", "compare with these comma-separated `names`, or with all that are found: "+strings.Join(peerNames(), ", "))
+	f.IntVar(&o.runs, "runs", 5, "how often each is measured, after one warm-up")
+	f.StringVar(&o.out, "out", "", "write RESULTS.md and results.json into this `directory`")
+	f.StringVar(&o.dir, "dir", os.TempDir(), "make the scratch directory in this `directory`; it must not be on overlayfs")
+	f.Uint64Var(&o.seed, "seed", 1, "seed of the inputs")
+	f.StringVar(&o.slipway, "slipway", "bin/slipway", "the `program` to measure")
+	f.DurationVar(&o.plant, "plant", 0, "measure slipway a second time with steps that take this much `longer`, in scenarios that have steps: the bench must see it")
+	f.DurationVar(&o.settle, "settle", 200*time.Millisecond, "how long to wait after each call: what daemons do in that `time` counts as processor time")
+	f.BoolVar(&o.build, "build-peers", false, "build buildctl and buildkitd of the version in go.mod when they are not on PATH")
+	f.BoolVar(&o.keep, "keep", false, "leave the scratch directory")
+	if err := f.Parse(args); err != nil {
+		return o, err
+	}
+	if f.NArg() > 0 {
+		return o, fmt.Errorf("argument %q: there are only flags", f.Arg(0))
+	}
+	if o.runs < 1 {
+		return o, fmt.Errorf("-runs %d: at least 1", o.runs)
+	}
+	if *scenarioNames == "all" {
+		o.scenarios = names()
+	} else {
+		o.scenarios = strings.Split(*scenarioNames, ",")
+	}
+	for _, n := range o.scenarios {
+		if !slices.Contains(names(), n) {
+			return o, fmt.Errorf("-scenario %s: not one of %s", n, strings.Join(names(), ", "))
+		}
+	}
+	switch *peerList {
+	case "found":
+		o.peers = []string{"found"}
+	case "", "none":
+	default:
+		o.peers = strings.Split(*peerList, ",")
+		for _, n := range o.peers {
+			if !slices.Contains(peerNames(), n) {
+				return o, fmt.Errorf("-peers %s: not one of %s", n, strings.Join(peerNames(), ", "))
+			}
+		}
+	}
+	return o, nil
+}
+
+func run(ctx context.Context, args []string) (err error) {
+	o, err := parseFlags(args)
+	if errors.Is(err, flag.ErrHelp) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("needs root: all that is compared runs containers")
+	}
+	if o.slipway, err = filepath.Abs(o.slipway); err != nil {
+		return err
+	}
+	if _, err := os.Stat(o.slipway); err != nil {
+		return fmt.Errorf("-slipway: %w ('make build' makes it)", err)
+	}
+	if o.build {
+		if err := buildPeers(); err != nil {
+			return err
+		}
+	}
+	b := &bench{options: o}
+	if b.work, err = os.MkdirTemp(o.dir, "slipway-bench-"); err != nil {
+		return err
+	}
+	if !o.keep {
+		defer func() { err = errors.Join(err, removeAll(b.work)) }()
+	}
+	if err := b.findPeers(ctx); err != nil {
+		return err
+	}
+	page := newPage(b)
+	for _, name := range o.scenarios {
+		s := find(name)
+		fmt.Fprintf(os.Stderr, "bench: %s\n", name)
+		result, err := b.measure(ctx, s)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		page.add(result)
+		fmt.Print(result.table())
+	}
+	if o.out != "" {
+		if err := page.write(o.out); err != nil {
+			return err
+		}
+	}
+	return page.verdict()
+}
+
+// buildPeers makes BuildKit's programs and puts them at the end of PATH.
+func buildPeers() error {
+	for _, build := range []func() (string, error){buildctltest.Buildctl, buildctltest.Buildkitd} {
+		path, err := build()
+		if err != nil {
+			return err
+		}
+		if err := os.Setenv("PATH", os.Getenv("PATH")+string(os.PathListSeparator)+filepath.Dir(path)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

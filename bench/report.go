@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// result is one scenario, measured.
+type result struct {
+	scenario        *scenario
+	load, loadAfter string
+	planted         string      // name of the contestant with the planted slowdown; "" when there is none
+	Contestants     []*measured `json:"contestants"`
+}
+
+func (r *result) find(name string) *measured {
+	for _, m := range r.Contestants {
+		if m.Name == name {
+			return m
+		}
+	}
+	return nil
+}
+
+// quantities sorts what f says of the samples.
+func (m *measured) quantities(f func(sample) float64) []float64 {
+	var out []float64
+	for _, s := range m.Samples {
+		out = append(out, f(s))
+	}
+	slices.Sort(out)
+	return out
+}
+
+func wall(s sample) float64 { return s.Wall.Seconds() }
+
+// median of sorted numbers.
+func median(sorted []float64) float64 {
+	n := len(sorted)
+	if n == 0 {
+		return 0
+	}
+	return (sorted[(n-1)/2] + sorted[n/2]) / 2
+}
+
+func mean(values []float64) float64 {
+	var sum float64
+	for _, v := range values {
+		sum += v
+	}
+	return sum / float64(max(len(values), 1))
+}
+
+// ratio says how many times longer m takes than base: the ratio of the medians, and the least and the largest ratio of a round, in
+// which both saw the same machine.
+type ratio struct{ medians, least, most float64 }
+
+func ratioOf(m, base *measured) ratio {
+	r := ratio{medians: median(m.quantities(wall)) / median(base.quantities(wall))}
+	for i := range min(len(m.Samples), len(base.Samples)) {
+		one := m.Samples[i].Wall.Seconds() / base.Samples[i].Wall.Seconds()
+		if i == 0 || one < r.least {
+			r.least = one
+		}
+		r.most = max(r.most, one)
+	}
+	return r
+}
+
+func (r ratio) String() string { return fmt.Sprintf("%.2f (%.2f–%.2f)", r.medians, r.least, r.most) }
+
+// table is the scenario's part of the page, in Markdown.
+func (r *result) table() string {
+	var w strings.Builder
+	s := r.scenario
+	fmt.Fprintf(&w, "\n## %s\n\n%s\n", s.name, s.about)
+	ours, floor := r.Contestants[0], r.find(floorName)
+	if floor != nil {
+		fmt.Fprintf(&w, "Floor: %s.\n", s.floorAbout)
+	}
+	w.WriteString("\n| | min | median | max |")
+	if s.steps > 0 {
+		w.WriteString(" median a step |")
+	}
+	w.WriteString(" × floor | × slipway (rounds) | CPU s | peak MB | written MB |\n|---|---|---|---|")
+	if s.steps > 0 {
+		w.WriteString("---|")
+	}
+	w.WriteString("---|---|---|---|---|\n")
+	for _, m := range r.Contestants {
+		times := m.quantities(wall)
+		fmt.Fprintf(&w, "| %s | %s | %s | %s |", m.Name, seconds(times[0]), seconds(median(times)), seconds(times[len(times)-1]))
+		if s.steps > 0 {
+			fmt.Fprintf(&w, " %s |", seconds(median(times)/float64(s.steps)))
+		}
+		over := ""
+		if floor != nil {
+			over = fmt.Sprintf("%.1f", median(times)/median(floor.quantities(wall)))
+		}
+		peak := "" // the floor works in the bench's own process
+		if m.PeakMemory > 0 {
+			peak = fmt.Sprintf("%.0f", float64(m.PeakMemory)/1e6)
+		}
+		fmt.Fprintf(&w, " %s | %s | %.3f | %s | %.1f |\n", over, ratioOf(m, ours),
+			mean(m.quantities(func(s sample) float64 { return s.CPU.Seconds() })), peak,
+			mean(m.quantities(func(s sample) float64 { return float64(s.Written) / 1e6 })))
+	}
+	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after.", len(ours.Samples), r.load, r.loadAfter)
+	if k := r.find("buildkit"); k != nil && s.goal > 0 {
+		fmt.Fprintf(&w, " Goal: %g × faster than BuildKit; it is %s.", s.goal, ratioOf(k, ours))
+	}
+	if s.ideal > 0 {
+		over := median(ours.quantities(wall))/s.ideal - 1
+		fmt.Fprintf(&w, " Ideal: %s; slipway is %.0f %% above it.", seconds(s.ideal), over*100)
+	}
+	if p := r.find(r.planted); p != nil {
+		fmt.Fprintf(&w, " The planted slowdown shows as %s a step (fastest runs).", seconds(r.seenPlant(p)))
+	}
+	w.WriteString("\n")
+	return w.String()
+}
+
+// seenPlant is how much longer a step took with the planted slowdown, in seconds, by the fastest runs: whatever else runs on the machine
+// only ever adds.
+func (r *result) seenPlant(p *measured) float64 {
+	return (p.quantities(wall)[0] - r.Contestants[0].quantities(wall)[0]) / float64(r.scenario.steps)
+}
+
+// seconds prints a time with three digits that count.
+func seconds(s float64) string {
+	switch {
+	case s < 0.1:
+		return fmt.Sprintf("%.1f ms", s*1e3)
+	case s < 1:
+		return fmt.Sprintf("%.0f ms", s*1e3)
+	}
+	return fmt.Sprintf("%.2f s", s)
+}
+
+// page is all that was measured.
+type page struct {
+	bench   *bench
+	began   time.Time
+	results []*result
+}
+
+func newPage(b *bench) *page { return &page{bench: b, began: time.Now()} }
+
+func (p *page) add(r *result) { p.results = append(p.results, r) }
+
+// write makes RESULTS.md and results.json.
+func (p *page) write(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	var w strings.Builder
+	fmt.Fprintf(&w, "# Bench\n\nMade by `go run ./bench` on %s in %s. README.md says what is fair and what the columns mean.\n\n", p.began.UTC().Format("2006-01-02"), time.Since(p.began).Round(time.Second))
+	fmt.Fprintf(&w, "Machine: %s. Seed %d.", machine(p.bench.work), p.bench.seed)
+	for _, peer := range p.bench.peers {
+		fmt.Fprintf(&w, " %s: %s.", peer.name(), peer.version())
+	}
+	w.WriteString("\n")
+	data := map[string]*result{}
+	for _, r := range p.results {
+		w.WriteString(r.table())
+		data[r.scenario.name] = r
+	}
+	raw, err := json.MarshalIndent(data, "", "  ")
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "RESULTS.md"), []byte(w.String()), 0o644),
+		os.WriteFile(filepath.Join(dir, "results.json"), append(raw, '\n'), 0o644),
+	)
+}
+
+// machine describes this one.
+func machine(dir string) string {
+	var u unix.Utsname
+	_ = unix.Uname(&u)
+	cpu := "unknown processor"
+	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(data)) {
+			if name, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				cpu = strings.TrimSpace(v)
+				break
+			}
+		}
+	}
+	var fs unix.Statfs_t
+	_ = unix.Statfs(dir, &fs)
+	kind := fmt.Sprintf("file system %#x", fs.Type)
+	if fs.Type == unix.EXT4_SUPER_MAGIC {
+		kind = "ext4"
+	}
+	var info unix.Sysinfo_t
+	_ = unix.Sysinfo(&info)
+	return fmt.Sprintf("%d × %s, %d GB, %s, Linux %s, %s", runtime.NumCPU(), cpu,
+		uint64(info.Totalram)*uint64(info.Unit)/1e9, kind, unix.ByteSliceToString(u.Release[:]), runtime.Version())
+}
+
+// verdict is an error when a planted slowdown was not seen: then nothing that the bench says of steps can be believed.
+func (p *page) verdict() error {
+	for _, r := range p.results {
+		m := r.find(r.planted)
+		if m == nil {
+			continue
+		}
+		if seen, want := r.seenPlant(m), p.bench.plant.Seconds(); seen < want*0.7 {
+			return fmt.Errorf("%s: of the %s that were planted in each step %s were seen: the machine is too loaded (see the load average), or the bench is wrong",
+				r.scenario.name, p.bench.plant, seconds(seen))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"slices"
+)
+
+// scenario is one thing to compare.
+type scenario struct {
+	name string
+	// about says what is measured; it is printed above the table.
+	about string
+	// floorAbout says what the floor does.
+	floorAbout string
+	// goal is how many times faster than BuildKit DESIGN.md wants us; 0 is no such goal.
+	goal float64
+	// ideal is a time, in seconds, that nothing can be faster than by the scenario's nature; 0 is none.
+	ideal float64
+	// steps is how many steps one run has; times are shown for one step, too, when there are several.
+	steps int
+	// prepare makes the input. What it returns is the state of the scenario for the other functions.
+	prepare func(ctx context.Context, b *bench) error
+	// round changes the input before each round; nil is nothing. All that are compared see the same change.
+	round func(b *bench, n int) error
+	// floor does the floor's work; nil is no floor.
+	floor func(ctx context.Context, b *bench) error
+	// contestant makes a peer ready; nil, nil when the peer cannot do this at all.
+	contestant func(ctx context.Context, b *bench, p peer) (*contestant, error)
+	// planted makes slipway ready with steps that take b.plant longer; nil when there are no steps.
+	planted func(ctx context.Context, b *bench, p peer) (*contestant, error)
+}
+
+// contestant is one program in one scenario.
+type contestant struct {
+	name string
+	// before makes the next run possible; not timed. May be nil.
+	before func(ctx context.Context) error
+	// run is what is timed. It starts programs through c.
+	run func(ctx context.Context, c *calls) error
+	// after ends what run has left; not timed. May be nil.
+	after func(ctx context.Context) error
+	// daemons are the processes that work for run besides those that it starts and waits for.
+	daemons func() []int
+	// close ends it.
+	close func() error
+}
+
+// scenarios are all there are, in the order of the page.
+var scenarios = []*scenario{
+	noopSmall, noop50k, contextCold, contextOneChange, chain60, fanout8, runTrue, cliStart, daemonStart,
+}
+
+func names() []string {
+	var out []string
+	for _, s := range scenarios {
+		out = append(out, s.name)
+	}
+	return out
+}
+
+func find(name string) *scenario {
+	return scenarios[slices.IndexFunc(scenarios, func(s *scenario) bool { return s.name == name })]
+}
