@@ -497,10 +497,6 @@ func TestRefusedRequests(t *testing.T) {
 	if _, err := te.build(t.Context(), r); err != nil {
 		t.Errorf("docker/dockerfile: %v", err)
 	}
-	r = request{files: map[string]string{"Dockerfile": "FROM base\n"}, attrs: map[string]string{"attest:sbom": ""}}
-	if _, err := te.build(t.Context(), r); err == nil || !strings.Contains(err.Error(), "not supported yet") {
-		t.Errorf("SBOM: %v", err)
-	}
 }
 
 func TestOneSocketTwoProtocols(t *testing.T) {
