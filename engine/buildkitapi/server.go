@@ -234,7 +234,7 @@ func (s *Server) version() *apitypes.BuildkitVersion {
 
 // Platforms are what images can be built for and their steps run on here.
 func Platforms() []ocispec.Platform {
-	return []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}
+	return append([]ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}, op.EmulatedPlatforms()...)
 }
 
 func (s *Server) workers() []gwclient.WorkerInfo {
