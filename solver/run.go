@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/url"
 	"slices"
 	"time"
 
@@ -361,4 +363,12 @@ func (s *runSession) Credentials(ctx context.Context, host string) (user, secret
 // LayoutBlob implements LayoutSession.
 func (s *runSession) LayoutBlob(ctx context.Context, session, store string, dgst digest.Digest) (LayoutBlob, error) {
 	return OpenLayoutBlob(ctx, s.client(), session, store, dgst)
+}
+
+// Upload implements Uploader.
+func (s *runSession) Upload(ctx context.Context, u *url.URL) (io.ReadCloser, error) {
+	if c, ok := s.client().(Uploader); ok {
+		return c.Upload(ctx, u)
+	}
+	return nil, fmt.Errorf("the client cannot send %s", u.Path)
 }

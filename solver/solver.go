@@ -9,6 +9,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net/url"
 	"sync/atomic"
 	"time"
 
@@ -172,6 +173,13 @@ type LayoutBlob interface {
 	io.Closer
 	// Size in bytes, as the client says.
 	Size() int64
+}
+
+// Uploader is a Session whose client can send a file that it has announced by an address of the host buildkit-session.
+type Uploader interface {
+	Session
+	// Upload reads the file, which can be done once. Close the reader.
+	Upload(ctx context.Context, u *url.URL) (io.ReadCloser, error)
 }
 
 // LocalRequest asks for a directory of the client.

@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
 	"os"
@@ -63,16 +62,22 @@ type buildOptions struct {
 	allow         []string
 	idFile        string
 	metadataFile  string
+	annotations   []string
+	cacheFrom     []string
+	cacheTo       []string
+	call          string
+	check         bool
 	attestOptions
 	verifyCache bool
 	jobs        int
 	maxMemory   memorySize
+	stepOptions
 }
 
 func newBuildCommand(a *app) *cobra.Command {
 	var o buildOptions
 	cmd := &cobra.Command{
-		Use:   "build [flags] DIR|URL",
+		Use:   "build [flags] DIR|URL|-",
 		Short: "Build an image from a Dockerfile",
 		Args:  args(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -107,6 +112,12 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.StringArrayVar(&o.attest, "attest", nil, "say something about the result: type=provenance|sbom[,KEY=VALUE…]")
 	f.StringVar(&o.provenance, "provenance", "", "where the result comes from: true, false or KEY=VALUE… (mode=min|max)")
 	f.StringVar(&o.sbom, "sbom", "", "what is in the result: true, false or KEY=VALUE… (generator=IMAGE)")
+	f.StringArrayVar(&o.annotations, "annotation", nil, "annotate the image: [manifest|index|…[PLATFORM]:]KEY=VALUE")
+	f.StringArrayVar(&o.cacheFrom, "cache-from", nil, "not supported yet: take results of steps from elsewhere")
+	f.StringArrayVar(&o.cacheTo, "cache-to", nil, "not supported yet: leave results of steps elsewhere")
+	f.StringVar(&o.call, "call", "", "ask the Dockerfile instead of building it: check, outline or targets[,format=json]")
+	f.BoolVar(&o.check, "check", false, "check the Dockerfile instead of building it")
+	o.stepOptions.addFlags(f)
 	f.StringVar(&o.idFile, "iidfile", "", "write the image's ID to this file")
 	f.StringVar(&o.metadataFile, "metadata-file", "", "write facts about the result to this file, as JSON")
 	return cmd
@@ -127,12 +138,25 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		LocalMounts:   map[string]fsutil.FS{},
 		Ref:           identity.NewID(),
 	}
-	cleanup, err := a.addContext(&solve, o.file, dir)
+	if err := o.refuse(); err != nil {
+		return err
+	}
+	call, err := parseCall(o.call, o.check)
 	if err != nil {
 		return err
 	}
-	defer cleanup()
+	from, err := a.addContext(&solve, o.file, dir)
+	if err != nil {
+		return err
+	}
+	defer from.cleanup()
+	if solve.SourcePolicy, err = readSourcePolicy(); err != nil {
+		return err
+	}
 	if err := o.addAttrs(&solve); err != nil {
+		return err
+	}
+	if err := o.stepOptions.addAttrs(solve.FrontendAttrs); err != nil {
 		return err
 	}
 	if err := addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()); err != nil {
@@ -161,8 +185,17 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	solve.Exports = out.exports
+	if err := o.annotate(solve.Exports); err != nil {
+		return err
+	}
 	if solve.Session, err = a.attachables(o); err != nil {
 		return err
+	}
+	if from.session != nil {
+		solve.Session = append(solve.Session, from.session)
+	}
+	if call != nil {
+		return a.call(ctx, call, solve, o.progress)
 	}
 	mode := progressui.DisplayMode(o.progress)
 	if o.quiet {
@@ -198,6 +231,17 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	return a.verificationDone(o, response.ExporterResponse)
+}
+
+// refuse names the flags that are not done.
+func (o *buildOptions) refuse() error {
+	for _, spec := range o.cacheFrom {
+		return fmt.Errorf("not supported yet: --cache-from %s", spec)
+	}
+	for _, spec := range o.cacheTo {
+		return fmt.Errorf("not supported yet: --cache-to %s", spec)
+	}
+	return nil
 }
 
 // localSources are the files of this host that a build is made of, as far as its main context goes.
@@ -349,55 +393,6 @@ func metadata(response map[string]string, about map[string]json.RawMessage) ([]b
 
 var remoteContext = regexp.MustCompile(`^(https?://|git://|git@|github\.com/)`)
 
-// addContext adds the main context and the Dockerfile.
-func (a *app) addContext(solve *bkclient.SolveOpt, file, dir string) (cleanup func(), err error) {
-	cleanup = func() {}
-	if dir == "-" {
-		return cleanup, errors.New("not supported yet: a context from standard input (use -f - for a Dockerfile)")
-	}
-	if remoteContext.MatchString(dir) {
-		if _, err := os.Stat(dir); err != nil {
-			solve.FrontendAttrs["context"] = dir
-			if file != "" {
-				solve.FrontendAttrs["filename"] = file
-			}
-			return cleanup, nil
-		}
-	}
-	if err := checkDir(dir); err != nil {
-		return cleanup, fmt.Errorf("context %s: %w", dir, err)
-	}
-	if err := addLocal(solve, "context", dir); err != nil {
-		return cleanup, err
-	}
-	if file == "-" {
-		temp, err := stdinDockerfile(a.stdin())
-		if err != nil {
-			return cleanup, fmt.Errorf("read the Dockerfile from standard input: %w", err)
-		}
-		return func() { _ = os.RemoveAll(temp) }, addLocal(solve, "dockerfile", temp)
-	}
-	if file == "" {
-		file = filepath.Join(dir, "Dockerfile")
-		if _, err := os.Stat(file); err != nil {
-			if lower := filepath.Join(dir, "dockerfile"); exists(lower) {
-				file = lower
-			} else if errors.Is(err, os.ErrNotExist) {
-				return cleanup, fmt.Errorf("no Dockerfile in %s (name another with -f)", dir)
-			}
-		}
-	}
-	info, err := os.Stat(file)
-	if err != nil {
-		return cleanup, fmt.Errorf("file %s: %w", file, pathReason(err))
-	}
-	if info.IsDir() {
-		return cleanup, fmt.Errorf("file %s: is a directory, not a Dockerfile", file)
-	}
-	solve.FrontendAttrs["filename"] = filepath.Base(file)
-	return cleanup, addLocal(solve, "dockerfile", filepath.Dir(file))
-}
-
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
@@ -421,21 +416,6 @@ func pathReason(err error) error {
 		return pathError.Err
 	}
 	return err
-}
-
-func stdinDockerfile(in io.Reader) (string, error) {
-	data, err := io.ReadAll(io.LimitReader(in, 16<<20))
-	if err != nil {
-		return "", err
-	}
-	if len(bytes.TrimSpace(data)) == 0 {
-		return "", errors.New("nothing there")
-	}
-	dir, err := os.MkdirTemp("", "slipway-dockerfile-")
-	if err != nil {
-		return "", err
-	}
-	return dir, os.WriteFile(filepath.Join(dir, "Dockerfile"), data, 0o600)
 }
 
 // addLocal offers a directory to the build under a name. An engine on this host with our user may read it itself.

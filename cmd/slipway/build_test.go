@@ -213,7 +213,7 @@ func TestBuildContext(t *testing.T) {
 		}
 	}
 	solve := newSolveOpt()
-	cleanup, err := a.addContext(solve, "-", dir)
+	from, err := a.addContext(solve, "-", dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,11 +221,11 @@ func TestBuildContext(t *testing.T) {
 	if data, err := os.ReadFile(filepath.Join(temp, "Dockerfile")); err != nil || string(data) != "FROM scratch\n" {
 		t.Errorf("-f -: %q, %v", data, err)
 	}
-	cleanup()
+	from.cleanup()
 	if exists(temp) {
 		t.Error("the Dockerfile from standard input is left behind")
 	}
-	for _, bad := range [][2]string{{"", "-"}, {"", filepath.Join(dir, "nothing")}, {"", other}, {filepath.Join(dir, "nothing"), dir}, {dir, dir}} {
+	for _, bad := range [][2]string{{"-", "-"}, {"", filepath.Join(dir, "nothing")}, {"", other}, {filepath.Join(dir, "nothing"), dir}, {dir, dir}} {
 		if _, err := a.addContext(newSolveOpt(), bad[0], bad[1]); err == nil {
 			t.Errorf("-f %q %q is accepted", bad[0], bad[1])
 		}

@@ -276,7 +276,7 @@ func (s *Server) platforms() []ocispec.Platform {
 	if len(s.Platforms) > 0 {
 		return s.Platforms
 	}
-	return []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}
+	return append([]ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}, op.EmulatedPlatforms()...)
 }
 
 func (s *Server) workers() []gwclient.WorkerInfo {

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -15,6 +17,7 @@ import (
 	"github.com/moby/buildkit/session/filesync"
 	"github.com/moby/buildkit/session/secrets"
 	"github.com/moby/buildkit/session/sshforward"
+	"github.com/moby/buildkit/session/upload"
 	"github.com/moby/buildkit/sourcepolicy/policysession"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/tonistiigi/fsutil"
@@ -190,6 +193,27 @@ func (s *clientSession) Credentials(ctx context.Context, host string) (string, s
 		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
 	}
 	return response.Username, response.Secret, nil
+}
+
+// Upload implements solver.Uploader.
+func (s *clientSession) Upload(ctx context.Context, u *url.URL) (io.ReadCloser, error) {
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return nil, fmt.Errorf("upload %s: %w", u.Path, err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	up, err := upload.New(ctx, caller, u)
+	if err != nil {
+		cancel(nil)
+		return nil, fmt.Errorf("upload %s: %w", u.Path, err)
+	}
+	r, w := io.Pipe()
+	go func() {
+		defer cancel(nil)
+		_, err := up.WriteTo(w)
+		w.CloseWithError(err)
+	}()
+	return r, nil
 }
 
 // verifier asks the client with a session about sources; nil for no session.

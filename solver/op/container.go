@@ -104,8 +104,11 @@ func (c *Containers) New(ctx context.Context, env *solver.Env, spec ContainerSpe
 	if e.root < 0 {
 		return nil, errors.New("container has no root mount")
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
 	s := &step{op: e, env: env, inputs: spec.Inputs}
+	if err := s.checkPlatform(ctx); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
 	ctr := &Container{spec: spec, step: s, ctx: ctx, cancel: cancel, roots: map[int]*os.Root{}}
 	defer func() {
 		if err != nil {

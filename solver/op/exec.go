@@ -401,6 +401,9 @@ func (e *execOp) DescribeInput(ctx context.Context, i int, in snapshot.Snapshot,
 func (e *execOp) Run(ctx context.Context, env *solver.Env, inputs []snapshot.Snapshot) (_ []snapshot.Snapshot, err error) {
 	s := &step{op: e, env: env, inputs: inputs, made: make([]stepOutput, e.outputs)}
 	defer func() { err = errors.Join(err, s.cleanup()) }()
+	if err := s.checkPlatform(ctx); err != nil {
+		return nil, err
+	}
 	spec, err := s.spec(ctx)
 	if err != nil {
 		return nil, err

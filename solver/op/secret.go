@@ -119,16 +119,20 @@ func (s *step) sshMount(ctx context.Context, o *pb.SSHOpt) (executor.Mount, bool
 	err := solver.ErrNotFound
 	var agent string
 	release := func() {}
+	id := o.ID
+	if id == "" {
+		id = "default"
+	}
 	if s.env.Session != nil {
-		agent, release, err = s.env.Session.SSHAgent(ctx, o.ID)
+		agent, release, err = s.env.Session.SSHAgent(ctx, id)
 	}
 	switch {
 	case errors.Is(err, solver.ErrNotFound) && o.Optional:
 		return executor.Mount{}, false, nil
 	case errors.Is(err, solver.ErrNotFound):
-		return executor.Mount{}, false, fmt.Errorf("ssh agent %q: not found: the client forwards none of that name (--ssh %s)", o.ID, o.ID)
+		return executor.Mount{}, false, fmt.Errorf("ssh agent %q: not found: the client forwards none of that name (--ssh %s)", id, id)
 	case err != nil:
-		return executor.Mount{}, false, fmt.Errorf("ssh agent %q: %w", o.ID, err)
+		return executor.Mount{}, false, fmt.Errorf("ssh agent %q: %w", id, err)
 	}
 	s.later(func() error { release(); return nil })
 	dir := filepath.Join(s.op.deps.tempDir(), "ssh-"+randomID())

@@ -87,9 +87,6 @@ func New(deps Deps) func(*solver.Vertex) (solver.Source, error) {
 		if u.Host == "" || !slices.Contains(Schemes, u.Scheme) {
 			return nil, fmt.Errorf("source %s: not an http address", u.Redacted())
 		}
-		if u.Host == "buildkit-session" {
-			return nil, fmt.Errorf("source %s: not supported yet: uploads through the client's session", u.Redacted())
-		}
 		s := &source{deps: deps, client: client, url: u, perm: 0o600, header: map[string]string{}}
 		for _, key := range slices.Sorted(maps.Keys(op.Attrs)) {
 			if err := s.attr(key, op.Attrs[key]); err != nil {
@@ -280,6 +277,10 @@ func (s *source) forRun(ctx context.Context, env *solver.Env) (*resource, error)
 	}
 	s.mu.Lock()
 	pinned := s.pinned
+	if s.uploaded() && pinned != nil {
+		s.mu.Unlock()
+		return pinned, nil // the client sends it once
+	}
 	s.pinned = nil
 	s.mu.Unlock()
 	r, err := s.current(ctx, env)
@@ -353,7 +354,12 @@ func (s *source) fetch(ctx context.Context, env *solver.Env) (*resource, error) 
 			req.Header.Set("If-Modified-Since", old.LastModified)
 		}
 	}
-	resp, err := s.client.Do(req)
+	var resp *http.Response
+	if s.uploaded() {
+		resp, err = s.upload(ctx, env)
+	} else {
+		resp, err = s.client.Do(req)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -368,11 +374,31 @@ func (s *source) fetch(ctx context.Context, env *solver.Env) (*resource, error) 
 	if err != nil {
 		return nil, err
 	}
+	if s.uploaded() {
+		return r, nil // nobody will ask for this address again
+	}
 	b, err := json.Marshal(r)
 	if err != nil {
 		return nil, err
 	}
 	return r, s.deps.Records.PutValue(bucket, s.key(), b)
+}
+
+// sessionHost is the host of addresses that lead to the build's own client: it sends what it has promised under the path.
+const sessionHost = "buildkit-session"
+
+func (s *source) uploaded() bool { return s.url.Host == sessionHost }
+
+func (s *source) upload(ctx context.Context, env *solver.Env) (*http.Response, error) {
+	session, ok := env.Session.(solver.Uploader)
+	if !ok {
+		return nil, errors.New("the client has no session to send files")
+	}
+	body, err := session.Upload(ctx, s.url)
+	if err != nil {
+		return nil, err
+	}
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: body, ContentLength: -1}, nil
 }
 
 // save streams the body into the blob store.
