@@ -165,7 +165,17 @@ type result struct {
 
 func (te *testEngine) build(ctx context.Context, r request) (result, error) {
 	te.t.Helper()
-	dir := te.t.TempDir()
+	return te.buildFilesIn(ctx, r, te.t.TempDir())
+}
+
+// buildFiles builds in a directory that stays.
+func (te *testEngine) buildFiles(r request, dir string) (result, error) {
+	te.t.Helper()
+	return te.buildFilesIn(te.t.Context(), r, dir)
+}
+
+func (te *testEngine) buildFilesIn(ctx context.Context, r request, dir string) (result, error) {
+	te.t.Helper()
 	for name, text := range r.files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
 			te.t.Fatal(err)

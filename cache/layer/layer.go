@@ -64,6 +64,8 @@ type Info struct {
 	ID ID
 	// DiffID is the digest of the layer's tar; "" as long as it has none.
 	DiffID digest.Digest
+	// TarSize is the length of that tar in bytes; 0 as long as it has none.
+	TarSize int64
 	// Content is the digest of the layer's index: what is in it, whatever its form (index.Index.Digest).
 	Content digest.Digest
 	// Size is what the layer occupies on disk, in bytes; 0 for a held one.
@@ -148,7 +150,9 @@ func (m *meta) info() Info {
 	if m.Tar && !m.Tree {
 		form = FormTar
 	}
-	return Info{ID: m.ID, DiffID: m.DiffID, Content: m.Content, Size: m.Size + m.Extracted, Form: form}
+	return Info{
+		ID: m.ID, DiffID: m.DiffID, TarSize: m.TarSize, Content: m.Content, Size: m.Size + m.Extracted, Form: form,
+	}
 }
 
 const (

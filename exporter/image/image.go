@@ -285,12 +285,8 @@ func (e *imageExporter) pack(ctx context.Context, id layer.ID) (Layer, error) {
 	if err != nil {
 		return Layer{}, fmt.Errorf("pack layer %s: %w", id, err)
 	}
-	tar, size, err := e.deps.Layers.OpenTar(ctx, id)
-	if err != nil {
-		return Layer{}, fmt.Errorf("pack layer %s: %w", id, err)
-	}
-	desc := ocispec.Descriptor{MediaType: compress.MediaType(compress.None, false), Digest: info.DiffID, Size: size}
-	return Layer{desc, info.DiffID}, tar.Close()
+	desc := ocispec.Descriptor{MediaType: compress.MediaType(compress.None, false), Digest: info.DiffID, Size: info.TarSize}
+	return Layer{desc, info.DiffID}, nil
 }
 
 // compress returns a layer as the blob that a push sends.
