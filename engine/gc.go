@@ -145,7 +145,7 @@ func (c *collector) request() { signal(c.wanted) }
 // collection has made room for it, or has found that it cannot.
 func (c *collector) add(bytes int64) {
 	grown := c.grown.Add(bytes)
-	if !c.exceeds(grown, bytes) || time.Now().UnixNano() < c.rest.Load() {
+	if !c.exceeds(grown) || time.Now().UnixNano() < c.rest.Load() {
 		return
 	}
 	c.coming.Add(bytes)
@@ -157,6 +157,9 @@ func (c *collector) add(bytes int64) {
 	}
 	turn := c.turn
 	c.mu.Unlock()
+	if c.left.Load() < 0 && grown <= c.limit/2 && !c.full() {
+		return // nobody knows how large the cache is, which is being found out, and this is not much
+	}
 	long := time.NewTimer(gcWait)
 	defer long.Stop()
 	select {
@@ -167,16 +170,18 @@ func (c *collector) add(bytes int64) {
 	}
 }
 
-// exceeds says whether something of that size, which is in grown, is too much.
-func (c *collector) exceeds(grown, bytes int64) bool {
+// exceeds says whether what was added since the last collection is too much.
+func (c *collector) exceeds(grown int64) bool {
 	left := c.left.Load()
-	if c.limit > 0 && (left >= 0 && left+grown > c.limit || left < 0 && grown > min(c.limit, gcUnknown)) {
-		return true
-	}
+	return c.limit > 0 && (left >= 0 && left+grown > c.limit || left < 0 && grown > min(c.limit, gcUnknown)) || c.full()
+}
+
+// full says that the disk has not as much room as it should: what is about to become visible is on it already.
+func (c *collector) full() bool {
 	if c.minFree == 0 {
 		return false
 	}
-	disk, err := c.free() // what is about to become visible is on the disk already
+	disk, err := c.free()
 	return err == nil && disk.Free < c.minFree
 }
 
@@ -222,7 +227,7 @@ func (c *collector) makeRoom(ctx context.Context) {
 	c.turn = nil
 	c.mu.Unlock()
 	defer close(turn)
-	if !c.exceeds(c.grown.Load(), 0) {
+	if !c.exceeds(c.grown.Load()) {
 		return // the collection before this one has made enough room
 	}
 	coming := c.coming.Load()
@@ -234,7 +239,7 @@ func (c *collector) makeRoom(ctx context.Context) {
 	}
 	begun := time.Now()
 	// Those who have come since have a turn of their own.
-	if !c.run(ctx, policies) || !c.exceeds(coming, 0) {
+	if !c.run(ctx, policies) || !c.exceeds(coming) {
 		return
 	}
 	c.rest.Store(time.Now().Add(gcPause * time.Since(begun)).UnixNano())

@@ -374,6 +374,16 @@ func (r reader) identity() string {
 	return r.s[start:r.i]
 }
 
+// hardLink returns the HardLink of a record.
+func (r reader) hardLink() string {
+	r.string()
+	r.skipContent()
+	if r.byte()&isHardLink == 0 {
+		return ""
+	}
+	return r.string()
+}
+
 // content returns the part of a record that counts for a Merkle digest.
 func (r reader) content() string {
 	r.string()

@@ -34,6 +34,8 @@ type Index struct {
 	digest     digest.Digest
 	merkleOnce sync.Once
 	merkles    [][sha256.Size]byte // of each directory, by node.dir
+	linksOnce  sync.Once
+	links      map[string][]int32 // see laterNames
 }
 
 // node holds what makes an entry's place in the tree cheap to ask for.
@@ -339,4 +341,17 @@ func (t *hashTable) put(hash uint64, pos int, merges bool) {
 		v |= 1 << t.bits
 	}
 	t.slots[slot] = v
+}
+
+// laterNames returns the positions of the second and later names of the file whose first name is path, in order.
+func (x *Index) laterNames(path string) []int32 {
+	x.linksOnce.Do(func() {
+		x.links = map[string][]int32{}
+		for i := range x.nodes {
+			if first := x.record(i).hardLink(); first != "" {
+				x.links[first] = append(x.links[first], int32(i))
+			}
+		}
+	})
+	return x.links[path]
 }

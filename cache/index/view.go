@@ -20,7 +20,7 @@ type Tree interface {
 // View is what a stack of layers shows when overlayfs mounts it. It implements Tree, is immutable and safe for
 // concurrent use.
 //
-// HardLink is only set on an entry when the name it points to is visible too, as the same file.
+// HardLink is only set on an entry when another name of the same file is visible before it: to the first such name.
 type View struct {
 	layers []*Index // lowest first
 
@@ -71,11 +71,28 @@ func (v *View) find(path string) (layer, pos int, ok bool) {
 func (v *View) clean(layer int, e Entry) Entry {
 	e.Opaque = false
 	if e.HardLink != "" {
-		if first, _, ok := v.find(e.HardLink); !ok || first != layer {
-			e.HardLink = ""
-		}
+		e.HardLink = v.firstName(layer, e)
 	}
 	return e
+}
+
+// firstName returns the first name that is visible of the file that e, of a layer, is another name of; "" if that is e itself.
+func (v *View) firstName(layer int, e Entry) string {
+	if from, _, ok := v.find(e.HardLink); ok && from == layer {
+		return e.HardLink
+	}
+	// A layer above has replaced or hidden it. The kernel shows the others as one file still.
+	x := v.layers[layer]
+	for _, i := range x.laterNames(e.HardLink) {
+		name := x.Path(int(i))
+		if name == e.Path {
+			break
+		}
+		if from, _, ok := v.find(name); ok && from == layer {
+			return name
+		}
+	}
+	return ""
 }
 
 // place is an entry of one of the layers.

@@ -330,6 +330,12 @@ func (s *Store) removeBroken(id ID) (bool, error) {
 		return false, nil // it is just being written anew, perhaps by somebody who waits for us
 	}
 	defer unlock()
+	// With the store locked: somebody may be writing the layer anew, and must not lose that.
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.metas[id] != nil {
+		return false, nil
+	}
 	m, err := readMeta(s.path(id, infoFile), id)
 	var path *os.PathError
 	switch {
@@ -339,7 +345,9 @@ func (s *Store) removeBroken(id ID) (bool, error) {
 		return false, nil // too many open files, say: nobody knows whether it is damaged
 	}
 	trash := s.tmpName()
-	if err := s.fs.Rename(s.path(id, ""), trash); err != nil {
+	if err := s.fs.Rename(s.path(id, ""), trash); errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
 		return false, fmt.Errorf("remove damaged layer %s: %w", id, err)
 	}
 	s.removeAll(trash)

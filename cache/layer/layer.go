@@ -401,6 +401,11 @@ func (s *Store) OpenFile(ctx context.Context, id ID, path string) (io.ReadCloser
 		}
 		defer root.Close()
 		f, err := root.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+		if errors.Is(err, os.ErrNotExist) {
+			if now, merr := s.meta(id); merr == nil && !now.Tree { // it went after the root was opened
+				return s.OpenFile(ctx, id, path)
+			}
+		}
 		if err != nil {
 			return nil, fmt.Errorf("layer %s: %w", id, err)
 		}
@@ -520,7 +525,7 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 			return err
 		}
 	}
-	err := s.fs.Rename(tmp, s.path(m.ID, ""))
+	err := s.show(tmp, m)
 	for errors.Is(err, syscall.EEXIST) || errors.Is(err, syscall.ENOTEMPTY) {
 		if _, merr := s.meta(m.ID); merr == nil {
 			s.removeAll(tmp)
@@ -533,7 +538,7 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 		} else if err == nil {
 			s.removeAll(trash)
 		}
-		err = s.fs.Rename(tmp, s.path(m.ID, ""))
+		err = s.show(tmp, m)
 	}
 	if err != nil {
 		return err
@@ -543,10 +548,19 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 			return err
 		}
 	}
-	s.mu.Lock()
-	s.metas[m.ID] = m
-	s.mu.Unlock()
 	s.indexes.put(m.ID, x)
+	return nil
+}
+
+// show gives a finished layer its name, and makes it known in the same moment: whoever takes a broken layer away under that
+// name (removeBroken) does not take this one.
+func (s *Store) show(tmp string, m *meta) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.fs.Rename(tmp, s.path(m.ID, "")); err != nil {
+		return err
+	}
+	s.metas[m.ID] = m
 	return nil
 }
 

@@ -375,6 +375,31 @@ func TestHardLinksShareAnInode(t *testing.T) {
 	})
 }
 
+// The other names of a file are one file still when a layer above replaces or removes the first one.
+func TestHardLinkWithoutItsFirstName(t *testing.T) {
+	bothForms(t, func(t *testing.T, s *Store) {
+		ids, err := ours(t, s,
+			makeTar(t, reg("a", "linked"), hardlink("b", "a"), mkdir("d/"), hardlink("d/c", "a"), hardlink("e", "a")),
+			makeTar(t, reg("a", "another file")),
+		)
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkMount(t, s, ids...)
+		if e, _ := newStack(t, s, ids...).Lookup("d/c"); e.HardLink != "b" {
+			t.Errorf("d/c is another name of %q", e.HardLink)
+		}
+		gone, err := s.Unpack(t.Context(), bytes.NewReader(makeTar(t, reg(".wh.a", ""), reg(".wh.b", ""))), "", newStack(t, s, ids[0]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkMount(t, s, ids[0], gone)
+		if e, _ := newStack(t, s, ids[0], gone).Lookup("e"); e.HardLink != "d/c" {
+			t.Errorf("e is another name of %q", e.HardLink)
+		}
+	})
+}
+
 func TestStackOfDrafts(t *testing.T) {
 	bothForms(t, func(t *testing.T, s *Store) {
 		ctx := t.Context()
