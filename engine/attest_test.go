@@ -25,6 +25,7 @@ import (
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
+	"github.com/moby/buildkit/solver/pb"
 	bkresult "github.com/moby/buildkit/solver/result"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -622,6 +623,63 @@ func TestSBOM(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// TestProvenanceOfInputs: a result that is given to another frontend is told of by the request that made it, and one that a frontend only
+// passes on does not lead in a circle.
+func TestProvenanceOfInputs(t *testing.T) {
+	te := openTest(t)
+	build := func(second string) types.Parameters {
+		t.Helper()
+		local := func(dockerfile string) fsutil.FS {
+			dir := t.TempDir()
+			write(t, filepath.Join(dir, "Dockerfile"), []byte(dockerfile))
+			files, err := fsutil.NewFS(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return files
+		}
+		first := local("FROM scratch\nCOPY Dockerfile /first\n")
+		opt := bkclient.SolveOpt{LocalMounts: map[string]fsutil.FS{"context": first, "dockerfile": first, "context2": local(second), "dockerfile2": local(second)}}
+		_, err := te.client.Build(t.Context(), opt, "test", func(ctx context.Context, c gwclient.Client) (*gwclient.Result, error) {
+			made, err := c.Solve(ctx, gwclient.SolveRequest{Frontend: "dockerfile.v0", FrontendOpt: map[string]string{"build-arg:WHICH": "first"}})
+			if err != nil {
+				return nil, err
+			}
+			st, err := made.Ref.ToState()
+			if err != nil {
+				return nil, err
+			}
+			def, err := st.Marshal(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return c.Solve(ctx, gwclient.SolveRequest{
+				Frontend: "dockerfile.v0", FrontendInputs: map[string]*pb.Definition{"base": def.ToPB()},
+				FrontendOpt: map[string]string{"context:base": "input:base", "contextkey": "context2", "dockerfilekey": "dockerfile2", "build-arg:WHICH": "second"},
+			})
+		}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range te.history(&controlapi.BuildHistoryRequest{})[0].Result.Attestations {
+			if d.MediaType == intoto.PayloadType {
+				var p types.ProvenancePredicateSLSA1
+				decode(t, te.blob(d), &p)
+				return p.BuildDefinition.ExternalParameters.Request
+			}
+		}
+		t.Fatal("no provenance")
+		return types.Parameters{}
+	}
+	for _, second := range []string{"FROM base\nCOPY Dockerfile /second\n", "FROM base\n"} {
+		r := build(second)
+		in := r.Inputs["base"]
+		if r.Args["build-arg:WHICH"] != "second" || len(r.Inputs) != 1 || in.Request.Args["build-arg:WHICH"] != "first" || len(in.Request.Inputs) != 0 {
+			t.Errorf("%q: %+v, inputs %+v", second, r, in)
+		}
+	}
 }
 
 // TestFrontendAttestations: what frontends say themselves, and what they may not.
