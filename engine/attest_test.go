@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -154,7 +155,10 @@ func (te *testEngine) buildAttested(dockerfile string, attrs map[string]string, 
 }
 
 func TestProvenance(t *testing.T) {
-	te := openTest(t)
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts and containers")
+	}
+	te := openWith(t, Options{Root: t.TempDir(), Provenance: map[string]any{"rack": "seven"}})
 	te.base()
 	host := serveFile(t, "from afar")
 	dockerfile := fmt.Sprintf(materialDockerfile, host)
@@ -240,6 +244,9 @@ func TestProvenance(t *testing.T) {
 		in := p.BuildDefinition.InternalParameters
 		if in.BuilderPlatform != "linux/amd64" || in.TargetPlatform != "linux/amd64" || in.DockerfileVersion == "" || in.BuildConfig == nil {
 			t.Fatalf("internal parameters %+v", in)
+		}
+		if in.ProvenanceCustomEnv["rack"] != "seven" {
+			t.Errorf("the administrator's facts: %v", in.ProvenanceCustomEnv)
 		}
 		steps := in.BuildConfig.Definition
 		if len(steps) != len(in.BuildConfig.DigestMapping) || len(steps) < 6 {
@@ -419,6 +426,30 @@ func infoRequest(d digest.Digest) *contentapi.InfoRequest {
 	return &contentapi.InfoRequest{Digest: d.String()}
 }
 
+// post calls the Docker API.
+func (te *testEngine) post(t *testing.T, path string) {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", te.socket)
+		},
+	}}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://slipway"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Registry-Auth", "e30=")
+	res, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body := readBody(t, res); res.StatusCode/100 != 2 || strings.Contains(string(body), `"error"`) {
+		t.Fatalf("POST %s: %s: %s", path, res.Status, body)
+	}
+}
+
 // TestPushAttested: what docker buildx asks for when nobody asks for anything is pushed, found by skopeo, pulled into another store and run
 // from there.
 func TestPushAttested(t *testing.T) {
@@ -480,6 +511,15 @@ func TestPushAttested(t *testing.T) {
 			}
 			return te.blob(&controlapi.Descriptor{Digest: d.String(), Size: info.Info.Size})
 		})
+	}
+
+	// Garbage collection leaves what a later push needs.
+	te.prune(bkclient.PruneAll)
+	second := registrytest.Start(t, registrytest.Options{})
+	te.post(t, "/images/"+name+"/tag?repo="+second.Host+"/team/app&tag=1")
+	te.post(t, "/images/"+second.Host+"/team/app/push?tag=1")
+	if raw := run(t, "skopeo", "inspect", "--tls-verify=false", "--raw", "docker://"+second.Host+"/team/app:1"); digest.FromString(raw).String() != response["containerimage.digest"] {
+		t.Errorf("after a prune: %s", raw)
 	}
 
 	other := openAt(t, t.TempDir())
