@@ -362,6 +362,17 @@ func TestProvenance(t *testing.T) {
 		}
 	})
 
+	t.Run("attestation-inline", func(t *testing.T) {
+		const inline = "mode=min,inline-only=true"
+		if _, a, _ := export(t, inline, map[string]string{"attestation-inline": "true"}); len(a.about) != 1 {
+			t.Errorf("an archive that is to have it: %d attestation manifests", len(a.about))
+		}
+		response, err := te.buildAttested(dockerfile, attrs(inline), bkclient.ExportEntry{Type: "image", Attrs: map[string]string{"name": "x", "attestation-inline": "false"}})
+		if err != nil || response["containerimage.config.digest"] == "" {
+			t.Errorf("an image that is not to have it: %v, %v", response, err)
+		}
+	})
+
 	t.Run("files", func(t *testing.T) {
 		const dockerfile = "FROM scratch\nCOPY top /a\nCOPY top /d/b\n"
 		attrs := map[string]string{"attest:provenance": "mode=min,filename=where.json"}
