@@ -33,6 +33,7 @@ import (
 	"github.com/tonistiigi/fsutil"
 
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
+	"github.com/seed-68981b69/slipway/exporter/attestation"
 )
 
 // attested is an image with what is said about it, read from a layout.
@@ -44,10 +45,7 @@ type attested struct {
 	statements [][]statement      // of each of about
 }
 
-type statement struct {
-	intoto.StatementHeader
-	Predicate json.RawMessage `json:"predicate"`
-}
+type statement = attestation.Statement
 
 // readAttested reads an image by way of read, and checks everything that holds for all images with attestations.
 func readAttested(t *testing.T, target string, read func(digest.Digest) []byte) attested {
