@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -25,12 +26,14 @@ import (
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
+	"github.com/moby/buildkit/solver/pb"
 	bkresult "github.com/moby/buildkit/solver/result"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/tonistiigi/fsutil"
 
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
+	"github.com/seed-68981b69/slipway/exporter/attestation"
 )
 
 // attested is an image with what is said about it, read from a layout.
@@ -42,10 +45,7 @@ type attested struct {
 	statements [][]statement      // of each of about
 }
 
-type statement struct {
-	intoto.StatementHeader
-	Predicate json.RawMessage `json:"predicate"`
-}
+type statement = attestation.Statement
 
 // readAttested reads an image by way of read, and checks everything that holds for all images with attestations.
 func readAttested(t *testing.T, target string, read func(digest.Digest) []byte) attested {
@@ -153,7 +153,10 @@ func (te *testEngine) buildAttested(dockerfile string, attrs map[string]string, 
 }
 
 func TestProvenance(t *testing.T) {
-	te := openTest(t)
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts and containers")
+	}
+	te := openWith(t, Options{Root: t.TempDir(), Provenance: map[string]any{"rack": "seven"}})
 	te.base()
 	host := serveFile(t, "from afar")
 	dockerfile := fmt.Sprintf(materialDockerfile, host)
@@ -239,6 +242,9 @@ func TestProvenance(t *testing.T) {
 		in := p.BuildDefinition.InternalParameters
 		if in.BuilderPlatform != "linux/amd64" || in.TargetPlatform != "linux/amd64" || in.DockerfileVersion == "" || in.BuildConfig == nil {
 			t.Fatalf("internal parameters %+v", in)
+		}
+		if in.ProvenanceCustomEnv["rack"] != "seven" {
+			t.Errorf("the administrator's facts: %v", in.ProvenanceCustomEnv)
 		}
 		steps := in.BuildConfig.Definition
 		if len(steps) != len(in.BuildConfig.DigestMapping) || len(steps) < 6 {
@@ -354,6 +360,17 @@ func TestProvenance(t *testing.T) {
 		}
 	})
 
+	t.Run("attestation-inline", func(t *testing.T) {
+		const inline = "mode=min,inline-only=true"
+		if _, a, _ := export(t, inline, map[string]string{"attestation-inline": "true"}); len(a.about) != 1 {
+			t.Errorf("an archive that is to have it: %d attestation manifests", len(a.about))
+		}
+		response, err := te.buildAttested(dockerfile, attrs(inline), bkclient.ExportEntry{Type: "image", Attrs: map[string]string{"name": "x", "attestation-inline": "false"}})
+		if err != nil || response["containerimage.config.digest"] == "" {
+			t.Errorf("an image that is not to have it: %v, %v", response, err)
+		}
+	})
+
 	t.Run("files", func(t *testing.T) {
 		const dockerfile = "FROM scratch\nCOPY top /a\nCOPY top /d/b\n"
 		attrs := map[string]string{"attest:provenance": "mode=min,filename=where.json"}
@@ -418,6 +435,30 @@ func infoRequest(d digest.Digest) *contentapi.InfoRequest {
 	return &contentapi.InfoRequest{Digest: d.String()}
 }
 
+// post calls the Docker API.
+func (te *testEngine) post(t *testing.T, path string) {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", te.socket)
+		},
+	}}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://slipway"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Registry-Auth", "e30=")
+	res, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body := readBody(t, res); res.StatusCode/100 != 2 || strings.Contains(string(body), `"error"`) {
+		t.Fatalf("POST %s: %s: %s", path, res.Status, body)
+	}
+}
+
 // TestPushAttested: what docker buildx asks for when nobody asks for anything is pushed, found by skopeo, pulled into another store and run
 // from there.
 func TestPushAttested(t *testing.T) {
@@ -479,6 +520,15 @@ func TestPushAttested(t *testing.T) {
 			}
 			return te.blob(&controlapi.Descriptor{Digest: d.String(), Size: info.Info.Size})
 		})
+	}
+
+	// Garbage collection leaves what a later push needs.
+	te.prune(bkclient.PruneAll)
+	second := registrytest.Start(t, registrytest.Options{})
+	te.post(t, "/images/"+name+"/tag?repo="+second.Host+"/team/app&tag=1")
+	te.post(t, "/images/"+second.Host+"/team/app/push?tag=1")
+	if raw := run(t, "skopeo", "inspect", "--tls-verify=false", "--raw", "docker://"+second.Host+"/team/app:1"); digest.FromString(raw).String() != response["containerimage.digest"] {
+		t.Errorf("after a prune: %s", raw)
 	}
 
 	other := openAt(t, t.TempDir())
@@ -622,6 +672,63 @@ func TestSBOM(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// TestProvenanceOfInputs: a result that is given to another frontend is told of by the request that made it, and one that a frontend only
+// passes on does not lead in a circle.
+func TestProvenanceOfInputs(t *testing.T) {
+	te := openTest(t)
+	build := func(second string) types.Parameters {
+		t.Helper()
+		local := func(dockerfile string) fsutil.FS {
+			dir := t.TempDir()
+			write(t, filepath.Join(dir, "Dockerfile"), []byte(dockerfile))
+			files, err := fsutil.NewFS(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return files
+		}
+		first := local("FROM scratch\nCOPY Dockerfile /first\n")
+		opt := bkclient.SolveOpt{LocalMounts: map[string]fsutil.FS{"context": first, "dockerfile": first, "context2": local(second), "dockerfile2": local(second)}}
+		_, err := te.client.Build(t.Context(), opt, "test", func(ctx context.Context, c gwclient.Client) (*gwclient.Result, error) {
+			made, err := c.Solve(ctx, gwclient.SolveRequest{Frontend: "dockerfile.v0", FrontendOpt: map[string]string{"build-arg:WHICH": "first"}})
+			if err != nil {
+				return nil, err
+			}
+			st, err := made.Ref.ToState()
+			if err != nil {
+				return nil, err
+			}
+			def, err := st.Marshal(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return c.Solve(ctx, gwclient.SolveRequest{
+				Frontend: "dockerfile.v0", FrontendInputs: map[string]*pb.Definition{"base": def.ToPB()},
+				FrontendOpt: map[string]string{"context:base": "input:base", "contextkey": "context2", "dockerfilekey": "dockerfile2", "build-arg:WHICH": "second"},
+			})
+		}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range te.history(&controlapi.BuildHistoryRequest{})[0].Result.Attestations {
+			if d.MediaType == intoto.PayloadType {
+				var p types.ProvenancePredicateSLSA1
+				decode(t, te.blob(d), &p)
+				return p.BuildDefinition.ExternalParameters.Request
+			}
+		}
+		t.Fatal("no provenance")
+		return types.Parameters{}
+	}
+	for _, second := range []string{"FROM base\nCOPY Dockerfile /second\n", "FROM base\n"} {
+		r := build(second)
+		in := r.Inputs["base"]
+		if r.Args["build-arg:WHICH"] != "second" || len(r.Inputs) != 1 || in.Request.Args["build-arg:WHICH"] != "first" || len(in.Request.Inputs) != 0 {
+			t.Errorf("%q: %+v, inputs %+v", second, r, in)
+		}
+	}
 }
 
 // TestFrontendAttestations: what frontends say themselves, and what they may not.

@@ -117,6 +117,8 @@ type Options struct {
 	History HistoryLimits
 	// Frontends says which frontends clients may ask for.
 	Frontends buildkitapi.Frontends
+	// Provenance is what the provenance of every build says of this machine; may be nil.
+	Provenance map[string]any
 	// SessionAuthTimeout is how long a client may take to give credentials; nil is BuildKit's default, and what is not positive no limit.
 	SessionAuthTimeout *time.Duration
 	// Traces receives the spans of builds and those that clients send; nil keeps them for the history only.
@@ -318,11 +320,12 @@ func (e *Engine) openAPIs(opts Options) error {
 			"tar":       tarexporter.New(files),
 			"cacheonly": exporter.CacheOnly,
 		},
-		History:   builds,
-		Collect:   e.collectSoon,
-		DiskUsage: st.DiskUsage,
-		Prune:     st.Prune,
-		Policies:  policies,
+		History:               builds,
+		ProvenanceEnvironment: opts.Provenance,
+		Collect:               e.collectSoon,
+		DiskUsage:             st.DiskUsage,
+		Prune:                 st.Prune,
+		Policies:              policies,
 
 		Entitlements: opts.Entitlements, OwnerEntitled: opts.OwnerEntitled,
 		Platforms: opts.Platforms, Frontends: opts.Frontends, AuthTimeout: opts.SessionAuthTimeout, Traces: opts.Traces,

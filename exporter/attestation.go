@@ -38,6 +38,18 @@ func (r Result) Attested() bool {
 	return slices.ContainsFunc(r.Refs, func(ref Ref) bool { return len(ref.Attestations) > 0 })
 }
 
+// WithoutInlineOnly leaves out the attestations that are only for images, where nothing else makes an index. BuildKit's rule: in an index
+// that there is anyway, for several platforms or other attestations, they stay.
+func (r Result) WithoutInlineOnly() Result {
+	indexed := r.MultiPlatform || slices.ContainsFunc(r.Refs, func(ref Ref) bool {
+		return slices.ContainsFunc(ref.Attestations, func(a Attestation) bool { return !a.InlineOnly })
+	})
+	if indexed {
+		return r
+	}
+	return r.WithoutAttestations(func(a Attestation) bool { return a.InlineOnly })
+}
+
 // WithoutAttestations returns the result without the attestations that drop chooses.
 func (r Result) WithoutAttestations(drop func(Attestation) bool) Result {
 	r.Refs = slices.Clone(r.Refs)

@@ -12,6 +12,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 	"github.com/seed-68981b69/slipway/engine/config"
+	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/network"
 )
@@ -79,6 +80,13 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 	}
 	if d := conf.DNS; d != nil {
 		options.DNS = &network.DNS{Nameservers: d.Nameservers, SearchDomains: d.SearchDomains, Options: d.Options}
+	}
+	provenanceDir := conf.ProvenanceEnvDir
+	if provenanceDir == "" {
+		provenanceDir = filepath.Join("/etc", "buildkit", "provenance.d")
+	}
+	if options.Provenance, err = provenance.ReadEnvironment(provenanceDir); err != nil {
+		return engine.Options{}, err
 	}
 	if h := conf.History; h != nil {
 		options.History.MaxAge = h.MaxAge.Duration

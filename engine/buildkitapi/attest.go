@@ -212,6 +212,7 @@ func (o *origin) named(platform string, layers exporter.LayerBlobs) {
 func (s *Server) newOrigin(b *solver.Build, req *request, started time.Time) *provenance.Build {
 	return &provenance.Build{
 		Solver: b, Request: gateway.Request{Frontend: req.frontend, Opts: req.opts, Inputs: req.inputs},
+		Requests:     s.requests,
 		InvocationID: strings.ToLower(rand.Text()), Started: started, CompatibilityVersion: currentCompatibility,
 		DockerfileFrontend: dockerfile.Name, DockerfileVersion: dockerfile.Version(),
 		Environment: s.ProvenanceEnvironment,

@@ -43,6 +43,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/history"
+	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -124,6 +125,7 @@ type Server struct {
 	Options
 	sessions *session.Manager
 	builds   *builds
+	requests *provenance.Requests
 	bridges  *bridges
 	health   *health.Server
 	cleanups sync.WaitGroup
@@ -217,7 +219,7 @@ func New(opts Options) (*Server, error) {
 	if err := sweepTransfers(opts.Dir); err != nil {
 		return nil, err
 	}
-	s := &Server{Options: opts, sessions: sessions, builds: newBuilds(), health: health.NewServer(), traces: newTraces(opts.Traces), closing: make(chan struct{}), stats: newStats()}
+	s := &Server{Options: opts, sessions: sessions, builds: newBuilds(), requests: provenance.NewRequests(), health: health.NewServer(), traces: newTraces(opts.Traces), closing: make(chan struct{}), stats: newStats()}
 	s.bridges = &bridges{builds: s.builds}
 	return s, nil
 }

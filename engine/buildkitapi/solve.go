@@ -64,6 +64,8 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	solverBuild := s.Solver.NewBuild(solver.BuildOptions{
 		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Verify: req.verifyCache, Jobs: req.jobs,
 	})
+	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
+	defer s.requests.Forget(made.origin)
 	client, err := gateway.New(gateway.Options{
 		Build:      solverBuild,
 		View:       s.View,
@@ -82,6 +84,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Frontends:  map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
 
 		AllowFrontend: s.Frontends.check,
+		Solved:        func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
 		Entitlements:  req.entitlements,
 	}, req.opts, req.inputs)
 	if err != nil {
@@ -106,7 +109,6 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	if recorded {
 		record = s.beginHistory(in, req, started)
 	}
-	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
 	response, err := s.run(ctx, b, client, session, req, &made)
 	err = req.attests.sbom.explain(err)
 	if err != nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {

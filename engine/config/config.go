@@ -27,7 +27,7 @@ type Config struct {
 	Root string `toml:"root"`
 	// Entitlements are what any client may ask for; nil when the file does not say.
 	Entitlements []string `toml:"insecure-entitlements"`
-	// ProvenanceEnvDir has facts about this machine for the provenance of builds.
+	// ProvenanceEnvDir has facts about this machine for the provenance of builds; "" means buildkit/provenance.d in /etc.
 	ProvenanceEnvDir string `toml:"provenanceEnvDir"`
 
 	Log  Log  `toml:"log"`

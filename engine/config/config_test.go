@@ -108,13 +108,13 @@ func TestReferenceExample(t *testing.T) {
 		name, _, _ := strings.Cut(line, " ")
 		lines = append(lines, name)
 	}
-	want := []string{"cdi.specDirs", "provenanceEnvDir", "proxyNetwork", "worker.containerd.enabled"}
+	want := []string{"cdi.specDirs", "proxyNetwork", "worker.containerd.enabled"}
 	if diff := cmp.Diff(want, lines); diff != "" {
 		t.Errorf("refused (-want +got):\n%s\n%v", diff, err)
 	}
 	// Without those it is read like BuildKit reads it.
 	for _, line := range []string{
-		"proxyNetwork = true", `provenanceEnvDir = "/etc/buildkit/provenance.d"`,
+		"proxyNetwork = true",
 		`specDirs = ["/etc/cdi", "/var/run/cdi", "/etc/buildkit/cdi"]`,
 	} {
 		if !strings.Contains(text, line) {
@@ -137,6 +137,7 @@ func TestReferenceExample(t *testing.T) {
 		got, want any
 	}{
 		{"root", ours.Root, theirs.Root},
+		{"provenanceEnvDir", ours.ProvenanceEnvDir, theirs.ProvenanceEnvDir},
 		{"insecure-entitlements", ours.Entitlements, theirs.Entitlements},
 		{"log", ours.Log.Level + ours.Log.Format, theirs.Log.Level + theirs.Log.Format},
 		{"grpc.address", ours.GRPC.Address, theirs.GRPC.Address},

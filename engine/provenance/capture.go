@@ -32,6 +32,8 @@ type Build struct {
 	Solver *solver.Build
 	// Request is what the client has asked for.
 	Request gateway.Request
+	// Requests are those of the builds of this engine, by what has come of them; nil when nobody keeps them.
+	Requests *Requests
 	// InvocationID is unique for each build.
 	InvocationID string
 	Started      time.Time
@@ -78,7 +80,7 @@ func (b *Build) Capture(ref *gateway.Reference, id string, all []exptypes.Platfo
 	slices.SortStableFunc(c.Sources.Images, func(x, y types.ImageSource) int {
 		return cmp.Or(cmp.Compare(x.Ref, y.Ref), cmp.Compare(formatPlatform(x.Platform), formatPlatform(y.Platform)))
 	})
-	b.addRequest(c, by)
+	b.addRequest(c, ref)
 	for _, p := range all {
 		if p.ID == id || id == "" && len(all) == 1 {
 			c.TargetPlatform = platforms.FormatAll(p.Platform)
@@ -95,19 +97,18 @@ func formatPlatform(p *ocispec.Platform) string {
 }
 
 // addRequest says what the frontend was asked for, and the build as a whole where that is something else.
-func (b *Build) addRequest(c *provenance.Capture, by *gateway.Client) {
-	request := by.Request()
+func (b *Build) addRequest(c *provenance.Capture, ref *gateway.Reference) {
+	request := ref.By().Request()
 	if request == nil {
 		return // the build brought a definition
 	}
 	c.Request.Frontend = request.Frontend
 	c.Request.Args = args(request.Opts)
-	if b.Request.Frontend == "" && len(b.Request.Opts) == 0 {
-		return
-	}
-	own := provenance.RequestProvenance(c.Request.Frontend, c.Request.Args, c.Sources)
-	root := provenance.RequestProvenance(b.Request.Frontend, args(b.Request.Opts), c.Sources)
-	if (root.Request.Frontend != "" || len(root.Request.Args) > 0) && !root.Equal(own) {
+	t := &teller{requests: b.Requests, above: []*gateway.Reference{ref}, left: maxTold}
+	own := t.tell(*request, c.Sources)
+	c.Request.Inputs = own.Request.Inputs
+	root := t.tell(b.Request, c.Sources)
+	if r := root.Request; (r.Frontend != "" || len(r.Args) > 0 || len(r.Inputs) > 0) && !root.Equal(own) {
 		c.Request.Root = root
 	}
 }

@@ -113,10 +113,7 @@ func readBundle(ctx context.Context, g Given) ([]exporter.Attestation, error) {
 		if err != nil {
 			return nil, err
 		}
-		var stmt struct {
-			intoto.StatementHeader
-			Predicate json.RawMessage `json:"predicate"`
-		}
+		var stmt Statement
 		if err := json.Unmarshal(data, &stmt); err != nil {
 			return nil, fmt.Errorf("%s is not an in-toto statement: %w", name, err)
 		}
@@ -182,8 +179,16 @@ func readFile(ctx context.Context, files layer.Files, name string) ([]byte, erro
 
 // Statement is an in-toto statement as it is stored.
 type Statement struct {
-	intoto.StatementHeader
-	Predicate json.RawMessage `json:"predicate"`
+	Type          string             `json:"_type"`
+	PredicateType string             `json:"predicateType"`
+	Subject       []StatementSubject `json:"subject"`
+	Predicate     json.RawMessage    `json:"predicate"`
+}
+
+// StatementSubject is what a Statement is about; digests are by algorithm.
+type StatementSubject struct {
+	Name   string            `json:"name"`
+	Digest map[string]string `json:"digest"`
 }
 
 // Subject is something with a digest that statements are about.
@@ -198,15 +203,15 @@ func NewStatement(a exporter.Attestation, predicate json.RawMessage, self []Subj
 	if len(given) == 0 {
 		given = []result.InTotoSubject{{Kind: gwpb.InTotoSubjectKind_Self}}
 	}
-	subjects := []intoto.Subject{}
+	subjects := []StatementSubject{}
 	for _, s := range given {
 		switch s.Kind {
 		case gwpb.InTotoSubjectKind_Self:
 			for _, me := range self {
 				digests := result.ToDigestMap(me.Digest)
-				subjects = append(subjects, intoto.Subject{Name: me.Name, Digest: digests})
+				subjects = append(subjects, StatementSubject{Name: me.Name, Digest: digests})
 				if s.Name != "" && s.Name != "_" {
-					subjects = append(subjects, intoto.Subject{Name: s.Name, Digest: digests})
+					subjects = append(subjects, StatementSubject{Name: s.Name, Digest: digests})
 				}
 			}
 		case gwpb.InTotoSubjectKind_Raw:
@@ -219,13 +224,10 @@ func NewStatement(a exporter.Attestation, predicate json.RawMessage, self []Subj
 			if name == "" {
 				name = "_"
 			}
-			subjects = append(subjects, intoto.Subject{Name: name, Digest: result.ToDigestMap(s.Digest...)})
+			subjects = append(subjects, StatementSubject{Name: name, Digest: result.ToDigestMap(s.Digest...)})
 		default:
 			return Statement{}, fmt.Errorf("attestation %s: subjects of kind %s are not supported", a.Path, s.Kind)
 		}
 	}
-	return Statement{
-		StatementHeader: intoto.StatementHeader{Type: intoto.StatementInTotoV1, PredicateType: a.PredicateType, Subject: subjects},
-		Predicate:       predicate,
-	}, nil
+	return Statement{Type: intoto.StatementInTotoV1, PredicateType: a.PredicateType, Subject: subjects, Predicate: predicate}, nil
 }

@@ -34,6 +34,8 @@ type attrs struct {
 	canonical    bool
 	dangling     string
 	danglingOnly bool
+	// noInline leaves out the attestations that are only for images.
+	noInline bool
 	// artifact says whether attestation manifests are OCI artifacts; nil means that they are.
 	artifact *bool
 	epoch    *time.Time
@@ -64,6 +66,9 @@ func parseAttrs(given map[string]string) (attrs, error) {
 		case exptypes.OptKeyOCITypes:
 			on, err = ParseBool(value)
 			a.docker = !on
+		case exptypes.OptKeyForceInlineAttestations:
+			on, err = ParseBool(value)
+			a.noInline = !on
 		case exptypes.OptKeyOCIArtifact:
 			a.artifact, err = ParseArtifact(value)
 		case exptypes.OptKeyUnpack:

@@ -79,6 +79,9 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	if err != nil {
 		return nil, err
 	}
+	if e.attrs.noInline {
+		r = r.WithoutInlineOnly()
+	}
 	r, err = e.shaper().Apply(ctx, r, e.attrs.reshape, e.attrs.compression, func(platformID string) (*time.Time, error) {
 		return Epoch(r, platformID, e.attrs.epoch, e.attrs.epochSet)
 	}, opts)

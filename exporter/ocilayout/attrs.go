@@ -22,6 +22,7 @@ type attrs struct {
 	tar         bool
 	docker      bool // Docker's media types instead of OCI's
 	compression layerblob.Compression
+	inline      bool  // attestations that are only for images, too
 	artifact    *bool // whether attestation manifests are OCI artifacts; nil means that they are
 	annotations image.Annotations
 	epoch       *time.Time
@@ -58,7 +59,9 @@ func (a *attrs) set(key, value string) (err error) {
 		a.epoch, err = image.ParseEpoch(value)
 	case exptypes.OptKeyOCIArtifact:
 		a.artifact, err = image.ParseArtifact(value)
-	case exptypes.OptKeyPreferNondistLayers, exptypes.OptKeyForceInlineAttestations:
+	case exptypes.OptKeyForceInlineAttestations:
+		a.inline, err = image.ParseBool(value)
+	case exptypes.OptKeyPreferNondistLayers:
 		if on, err = image.ParseBool(value); on {
 			return image.NotSupported(key, value)
 		}

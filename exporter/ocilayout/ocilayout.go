@@ -87,7 +87,12 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 	if e.variant == Docker && (r.MultiPlatform || len(r.Refs) > 1) {
 		return nil, errors.New("export docker image: the format has no images of several platforms: use type=oci, or build for one platform")
 	}
-	r = r.WithoutAttestations(e.drops(r))
+	switch {
+	case e.variant == Docker: // has no place for them
+		r = r.WithoutAttestations(func(exporter.Attestation) bool { return true })
+	case !e.attrs.inline:
+		r = r.WithoutInlineOnly()
+	}
 	names, err := image.Names(e.attrs.names, r)
 	if err != nil {
 		return nil, err
@@ -116,14 +121,6 @@ func (e *layoutExporter) Export(ctx context.Context, r exporter.Result, opts exp
 		return nil, fmt.Errorf("export %s image: %w", e.variant, err)
 	}
 	return response, nil
-}
-
-// drops says which attestations are left out: those that are only for images, of a single platform at least (BuildKit leaves them in an
-// index that there is anyway); for docker, whose archives have no place for them, all.
-func (e *layoutExporter) drops(r exporter.Result) func(exporter.Attestation) bool {
-	return func(a exporter.Attestation) bool {
-		return e.variant == Docker || a.InlineOnly && !r.MultiPlatform
-	}
 }
 
 var _ exporter.Eager = (*layoutExporter)(nil)

@@ -66,6 +66,20 @@ func (a *asked) called() []*Client {
 	return slices.Clone(a.subs)
 }
 
+// reportSolved tells of what a frontend has returned.
+func (c *Client) reportSolved(res *gwclient.Result) error {
+	if c.Solved == nil {
+		return nil
+	}
+	return res.EachRef(func(given gwclient.Reference) error {
+		ref, err := AsReference(given)
+		if ref != nil {
+			c.Solved(ref)
+		}
+		return err
+	})
+}
+
 // Request is what the client's frontend was asked for; nil for the client of a build that brings definitions itself.
 func (c *Client) Request() *Request { return c.request }
 

@@ -81,6 +81,8 @@ type Options struct {
 	Containers *op.Containers
 	// AllowFrontend refuses a frontend that the engine does not run; source is the image that gateway.v0 is asked for. nil allows all.
 	AllowFrontend func(name, source string) error
+	// Solved, when set, is told of every reference that a frontend has returned, which need not be evaluated.
+	Solved func(*Reference)
 	// Entitlements are what the client allows its build to ask for.
 	Entitlements []string
 }
@@ -142,6 +144,9 @@ func (c *Client) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclien
 	case req.Frontend != "":
 		var err error
 		if res, err = c.runFrontend(ctx, req); err != nil {
+			return nil, err
+		}
+		if err := c.reportSolved(res); err != nil {
 			return nil, err
 		}
 	default:
