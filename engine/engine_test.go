@@ -5,6 +5,8 @@ package engine
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -596,5 +598,30 @@ func TestDialInside(t *testing.T) {
 	client.Close()
 	if err := e.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTCPWithoutCertificatesIsRefused: whatever a caller hands over.
+func TestTCPWithoutCertificatesIsRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("an engine needs root: SKIPPED")
+	}
+	e, err := Open(t.Context(), Options{Root: t.TempDir(), Log: testLog{t}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	for name, conf := range map[string]*tls.Config{"plain": nil, "any client": {}, "optional": {ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: x509.NewCertPool()}} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Serve(t.Context(), 0, Listener{Listener: l, TLS: conf}); !errors.Is(err, errPlainTCP) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if conn, err := net.Dial("tcp", l.Addr().String()); err == nil {
+			conn.Close()
+			t.Errorf("%s: somebody listens", name)
+		}
 	}
 }

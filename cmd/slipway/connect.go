@@ -62,14 +62,11 @@ const maxSocketPath = 107
 
 // settle fills in the defaults of root and host and checks them.
 func (a *app) settle() error {
-	if a.root != "" {
-		a.rootGiven = true
-	} else {
-		root, err := defaultRoot()
-		if err != nil {
+	if a.root == "" {
+		var err error
+		if a.root, err = a.configuredRoot(); err != nil {
 			return err
 		}
-		a.root = root
 	}
 	root, err := filepath.Abs(a.root)
 	if err != nil {
@@ -95,6 +92,14 @@ func (a *app) settle() error {
 	}
 	_, err = socketPath(a.host)
 	return err
+}
+
+// configuredRoot is what the configuration file says, or the default. A file that cannot be read is the engine's to complain of.
+func (a *app) configuredRoot() (string, error) {
+	if conf, err := a.loadConfig(); err == nil && conf.Root != "" {
+		return conf.Root, nil
+	}
+	return defaultRoot()
 }
 
 // defaultRoot is where state lives when nothing says otherwise.

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"path/filepath"
 	"strconv"
 	"text/tabwriter"
 	"time"
@@ -76,11 +75,6 @@ func (a *app) daemon(ctx context.Context, d daemonFlags) error {
 	conf, err := a.loadConfig()
 	if err != nil {
 		return err
-	}
-	if conf.Root != "" && !a.rootGiven {
-		if a.root, err = filepath.Abs(conf.Root); err != nil {
-			return err
-		}
 	}
 	switch {
 	case len(d.addr) > 0:

@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/containerd/platforms"
@@ -23,14 +24,14 @@ const (
 	buildkitdConfig = "buildkit/buildkitd.toml"
 )
 
-// loadConfig reads the file of --config, or the first one that there is: ours, or BuildKit's. Of BuildKit's, state directory and
-// addresses are not taken: they are those of a buildkitd, which may be running.
+// loadConfig reads the file of --config, or the first one that there is: an ordinary user's own, ours, or BuildKit's. Of BuildKit's, state
+// directory and addresses are not taken: they are those of a buildkitd, which may be running.
 func (a *app) loadConfig() (config.Config, error) {
 	if a.config != "" {
 		return config.Load(a.config)
 	}
 	own, theirs := []string{filepath.Join("/etc", ownConfig)}, filepath.Join("/etc", buildkitdConfig)
-	if dir := config.UserDir(); dir != "" {
+	if dir := config.UserDir(); dir != "" && os.Geteuid() != 0 {
 		own = append([]string{filepath.Join(dir, ownConfig)}, own...)
 	}
 	conf, err := config.LoadFirst(append(own, theirs)...)

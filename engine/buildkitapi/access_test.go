@@ -3,6 +3,9 @@
 package buildkitapi
 
 import (
+	"bytes"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -11,7 +14,11 @@ import (
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	tracev1 "go.opentelemetry.io/proto/otlp/collector/trace/v1"
+	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
@@ -118,5 +125,74 @@ func TestTraceOfABuild(t *testing.T) {
 	}
 	if len(ts.active) != 0 {
 		t.Error("the trace is not forgotten")
+	}
+}
+
+// TestTracesAreSentOn: with a place to send spans to every build is traced, and what clients send goes there too.
+func TestTracesAreSentOn(t *testing.T) {
+	place := tracetest.NewInMemoryExporter()
+	ts := newTraces(place)
+	b := ts.begin(t.Context())
+	if b == nil {
+		t.Fatal("not traced")
+	}
+	if err := b.ended(t.Context(), "ref", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := place.GetSpans(); len(got) != 1 || got[0].Name != "moby.buildkit.v1.Control/Solve" || !got[0].SpanContext.TraceID().IsValid() {
+		t.Errorf("sent on: %v", got)
+	}
+	b.end()
+	place.Reset()
+
+	// A client's spans, over a socket with nothing but the trace service.
+	s := testServer(t)
+	s.traces = ts
+	g := s.NewTraceGRPC()
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = g.Serve(l) }()
+	defer g.Stop()
+	conn, err := grpc.NewClient("unix:"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	id := bytes.Repeat([]byte{7}, 16)
+	_, err = tracev1.NewTraceServiceClient(conn).Export(t.Context(), &tracev1.ExportTraceServiceRequest{ResourceSpans: []*tracepb.ResourceSpans{{
+		ScopeSpans: []*tracepb.ScopeSpans{{Spans: []*tracepb.Span{{TraceId: id, SpanId: id[:8], Name: "of a client"}}}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := place.GetSpans(); len(got) != 1 || got[0].Name != "of a client" {
+		t.Errorf("sent on: %v", got)
+	}
+	if _, err := controlapi.NewControlClient(conn).Info(t.Context(), &controlapi.InfoRequest{}); status.Code(err) != codes.Unimplemented {
+		t.Errorf("the Control API is there as well: %v", err)
+	}
+}
+
+// TestPeerOfTCP: who comes over TCP is nobody's user, wherever from.
+func TestPeerOfTCP(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if uid, err := PeerUID(conn); err == nil {
+		t.Errorf("a TCP peer is user %d", uid)
 	}
 }
