@@ -27,6 +27,8 @@ func commands(a *app) []*cobra.Command {
 		newRunCommand(a),
 		newPushCommand(a),
 		newPullCommand(a),
+		newCopyCommand(a),
+		newManifestCommand(a),
 		newImagesCommand(a),
 		newInspectCommand(a),
 		newHistoryCommand(a),
