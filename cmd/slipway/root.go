@@ -28,6 +28,8 @@ func commands(a *app) []*cobra.Command {
 		newPushCommand(a),
 		newPullCommand(a),
 		newCopyCommand(a),
+		newSaveCommand(a),
+		newLoadCommand(a),
 		newManifestCommand(a),
 		newImagesCommand(a),
 		newInspectCommand(a),

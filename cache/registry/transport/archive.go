@@ -13,7 +13,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"strings"
+	"slices"
 	"sync"
 
 	"github.com/distribution/reference"
@@ -29,9 +29,10 @@ type Archive struct {
 	f       *os.File
 	tag     string
 	entries map[string]section
+	index   ocispec.Index // of a layout
 	// legacy is for archives of older dockers, which are no layouts: what their manifest.json says, as a manifest of today.
 	legacy map[digest.Digest]section
-	root   ocispec.Descriptor
+	images []Named
 }
 
 // section is a part of the archive, or bytes that stand for one.
@@ -99,8 +100,11 @@ func (a *Archive) scan() error {
 		if err := json.Unmarshal(raw, &index); err != nil {
 			return fmt.Errorf("index.json: %w", err)
 		}
-		a.root, err = find(index, a.tag, a.f.Name())
-		return err
+		for _, d := range index.Manifests {
+			a.add(ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, d.Annotations[annotationImageName])
+		}
+		a.index = index
+		return nil
 	case a.entries["manifest.json"].size > 0:
 		return a.readLegacy()
 	}
@@ -149,12 +153,7 @@ func (a *Archive) readLegacy() error {
 		a.legacy[d] = s
 		return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: s.size}, err
 	}
-	var names []string
 	for _, item := range items {
-		names = append(names, item.RepoTags...)
-		if a.tag != "" && !hasName(item.RepoTags, a.tag) || a.tag == "" && len(items) > 1 {
-			continue
-		}
 		m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Layers: []ocispec.Descriptor{}}
 		if m.Config, err = add(ocispec.MediaTypeImageConfig, item.Config); err != nil {
 			return err
@@ -170,11 +169,25 @@ func (a *Archive) readLegacy() error {
 		if err != nil {
 			return err
 		}
-		a.root = ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
-		a.legacy[a.root.Digest] = section{raw: raw, size: int64(len(raw))}
-		return nil
+		root := ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+		a.legacy[root.Digest] = section{raw: raw, size: int64(len(raw))}
+		a.add(root, item.RepoTags...)
 	}
-	return fmt.Errorf("has no image %q: say which (%q)", a.tag, names)
+	return nil
+}
+
+// add notes an image of the archive.
+func (a *Archive) add(root ocispec.Descriptor, names ...string) {
+	i := slices.IndexFunc(a.images, func(n Named) bool { return n.Root.Digest == root.Digest })
+	if i < 0 {
+		i = len(a.images)
+		a.images = append(a.images, Named{Root: root})
+	}
+	for _, name := range names {
+		if named, err := registry.Parse(name); name != "" && err == nil {
+			a.images[i].Names = append(a.images[i].Names, named.String())
+		}
+	}
 }
 
 func hasName(names []string, name string) bool {
@@ -191,7 +204,19 @@ func hasName(names []string, name string) bool {
 }
 
 // Root implements Source.
-func (a *Archive) Root(context.Context) (ocispec.Descriptor, error) { return a.root, nil }
+func (a *Archive) Root(context.Context) (ocispec.Descriptor, error) {
+	if a.legacy == nil {
+		return find(a.index, a.tag, a.f.Name())
+	}
+	var names []string
+	for _, n := range a.images {
+		names = append(names, n.Names...)
+		if a.tag == "" && len(a.images) == 1 || a.tag != "" && hasName(n.Names, a.tag) {
+			return n.Root, nil
+		}
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("archive %s: has no image %q: say which (%q)", a.f.Name(), a.tag, names)
+}
 
 // Open implements Source.
 func (a *Archive) Open(_ context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
@@ -207,6 +232,20 @@ func (a *Archive) Open(_ context.Context, desc ocispec.Descriptor) (io.ReadClose
 	return verify(io.NopCloser(a.open(s)), desc), nil
 }
 
+// Document returns a manifest or config of the archive, of which only the digest is known.
+func (a *Archive) Document(d digest.Digest) ([]byte, error) {
+	if err := d.Validate(); err != nil {
+		return nil, err
+	}
+	s, ok := a.legacy[d]
+	if !ok {
+		if s, ok = a.entries[blobName(d)]; !ok {
+			return nil, fmt.Errorf("archive %s: has no blob %s", a.f.Name(), d)
+		}
+	}
+	return read(context.Background(), a, ocispec.Descriptor{Digest: d, Size: s.size})
+}
+
 // Close implements Source.
 func (a *Archive) Close() error { return a.f.Close() }
 
@@ -214,19 +253,38 @@ func blobName(d digest.Digest) string {
 	return "blobs/" + d.Algorithm().String() + "/" + d.Encoded()
 }
 
-// NewArchive is an OCI or docker archive being written. It gets its name with the image's.
+// Named is an image of an archive.
+type Named struct {
+	Root ocispec.Descriptor
+	// Names are full names, with a tag.
+	Names []string
+}
+
+// Images are all images of the archive, each once.
+func (a *Archive) Images() []Named { return a.images }
+
+// NewArchive is an OCI or docker archive being written, with one image or several.
 type NewArchive struct {
 	path, tag string
 	docker    bool
 	// mu is held while an entry is written: they come one after the other.
-	mu   sync.Mutex
-	f    *os.File
-	tw   *tar.Writer
-	seen map[digest.Digest]bool
+	mu       sync.Mutex
+	f        *os.File // nil for a stream
+	tw       *tar.Writer
+	seen     map[digest.Digest]bool
+	index    ocispec.Index
+	manifest []dockerImage
 }
 
-// CreateArchive begins an archive. tag is what the image is called in it; with docker it has a manifest.json for `docker load`, and
-// tag is a full name.
+// dockerImage is an image in a docker archive's manifest.json.
+type dockerImage struct {
+	Config   string
+	RepoTags []string
+	Layers   []string
+}
+
+// CreateArchive begins an archive in a file, which gets its name with the image. tag is what the image is called in it; with docker it
+// has a manifest.json for `docker load`, and tag is a full name.
 func CreateArchive(file, tag string, docker bool) (*NewArchive, error) {
 	if docker && tag != "" {
 		named, err := registry.Parse(tag)
@@ -239,17 +297,22 @@ func CreateArchive(file, tag string, docker bool) (*NewArchive, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &NewArchive{path: file, tag: tag, docker: docker, f: f, tw: tar.NewWriter(f), seen: map[digest.Digest]bool{}}
-	return a, errors.Join(a.entry("blobs/", nil, 0, nil), a.entry("blobs/sha256/", nil, 0, nil))
+	a := StreamArchive(f, docker)
+	a.path, a.tag, a.f = file, tag, f
+	return a, nil
 }
 
-// entry writes a file, or a directory (whose name ends in a slash).
-func (a *NewArchive) entry(name string, r io.Reader, sizeBytes int64, progress func(int64)) error {
-	h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: sizeBytes}
-	if strings.HasSuffix(name, "/") {
-		h.Typeflag, h.Mode = tar.TypeDir, 0o755
+// StreamArchive begins an archive that goes to w. Finish ends it.
+func StreamArchive(w io.Writer, docker bool) *NewArchive {
+	return &NewArchive{
+		docker: docker, tw: tar.NewWriter(w), seen: map[digest.Digest]bool{},
+		index: ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex},
 	}
-	if err := a.tw.WriteHeader(h); err != nil || r == nil {
+}
+
+// entry writes a file.
+func (a *NewArchive) entry(name string, r io.Reader, sizeBytes int64, progress func(int64)) error {
+	if err := a.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: sizeBytes}); err != nil {
 		return err
 	}
 	if progress != nil {
@@ -285,52 +348,71 @@ func (a *NewArchive) Manifest(ctx context.Context, desc ocispec.Descriptor, cont
 
 // Name implements Destination.
 func (a *NewArchive) Name(ctx context.Context, root ocispec.Descriptor, content []byte) error {
+	var names []string
+	if a.tag != "" {
+		names = []string{a.tag}
+	}
+	if err := a.Add(ctx, root, content, names); err != nil {
+		return err
+	}
+	return a.Finish()
+}
+
+// Add adds an image, whose blobs and manifests are there, under names: full ones in a docker archive, tags in others.
+func (a *NewArchive) Add(ctx context.Context, root ocispec.Descriptor, content []byte, names []string) error {
 	if err := a.Manifest(ctx, root, content); err != nil {
 		return err
 	}
-	d := tagged(root, a.tag)
-	documents := []struct {
-		name string
-		v    any
-	}{{ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}}}
-	if a.docker {
-		if isIndex(root.MediaType) {
-			return errors.New("a docker archive has no images of several platforms: name one with --platform, or use an OCI archive")
+	if !a.docker {
+		for _, tag := range names {
+			a.index.Manifests = append(a.index.Manifests, tagged(root, tag))
 		}
-		var m ocispec.Manifest
-		if err := json.Unmarshal(content, &m); err != nil {
+		if len(names) == 0 {
+			a.index.Manifests = append(a.index.Manifests, tagged(root, ""))
+		}
+		return nil
+	}
+	if isIndex(root.MediaType) {
+		return errors.New("a docker archive has no images of several platforms: name one with --platform, or use an OCI archive")
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(content, &m); err != nil {
+		return err
+	}
+	item := dockerImage{Config: blobName(m.Config.Digest), Layers: []string{}}
+	for _, l := range m.Layers {
+		item.Layers = append(item.Layers, blobName(l.Digest))
+	}
+	for _, name := range names {
+		named, err := reference.ParseNormalizedNamed(name)
+		if err != nil {
 			return err
 		}
-		item := struct {
-			Config   string
-			RepoTags []string
-			Layers   []string
-		}{Config: blobName(m.Config.Digest), Layers: []string{}}
-		for _, l := range m.Layers {
-			item.Layers = append(item.Layers, blobName(l.Digest))
+		item.RepoTags = append(item.RepoTags, reference.FamiliarString(named))
+		d := tagged(root, "")
+		d.Annotations = map[string]string{annotationImageName: named.String()}
+		if t, ok := named.(reference.Tagged); ok {
+			d.Annotations[ocispec.AnnotationRefName] = t.Tag()
 		}
-		if a.tag != "" {
-			named, err := reference.ParseNormalizedNamed(a.tag)
-			if err != nil {
-				return err
-			}
-			item.RepoTags = []string{reference.FamiliarString(named)}
-			d.Annotations = map[string]string{annotationImageName: a.tag}
-			if t, ok := named.(reference.Tagged); ok {
-				d.Annotations[ocispec.AnnotationRefName] = t.Tag()
-			}
-		}
-		documents = append(documents, struct {
-			name string
-			v    any
-		}{"manifest.json", []any{item}})
+		a.index.Manifests = append(a.index.Manifests, d)
 	}
-	documents = append(documents, struct {
+	if len(names) == 0 {
+		a.index.Manifests = append(a.index.Manifests, tagged(root, ""))
+	}
+	a.manifest = append(a.manifest, item)
+	return nil
+}
+
+// Finish writes what says which images there are, and gives the file its name.
+func (a *NewArchive) Finish() error {
+	type document struct {
 		name string
 		v    any
-	}{ocispec.ImageIndexFile, ocispec.Index{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{d},
-	}})
+	}
+	documents := []document{{ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion}}, {ocispec.ImageIndexFile, a.index}}
+	if a.docker {
+		documents = append(documents, document{"manifest.json", a.manifest})
+	}
 	for _, doc := range documents {
 		raw, err := json.Marshal(doc.v)
 		if err != nil {
@@ -340,7 +422,7 @@ func (a *NewArchive) Name(ctx context.Context, root ocispec.Descriptor, content 
 			return err
 		}
 	}
-	if err := a.tw.Close(); err != nil {
+	if err := a.tw.Close(); err != nil || a.f == nil {
 		return err
 	}
 	if err := errors.Join(a.f.Chmod(0o644), a.f.Close()); err != nil {
@@ -353,7 +435,7 @@ func (a *NewArchive) Name(ctx context.Context, root ocispec.Descriptor, content 
 	return nil
 }
 
-// Close implements Destination.
+// Close implements Destination: it removes a file that was not finished.
 func (a *NewArchive) Close() error {
 	if a.path == "" {
 		return nil
