@@ -355,6 +355,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		Images:   sweeping{dockerapi.StoreImages(st.Images, st.Blobs, st.Layers), e},
 		Roots:    dockerapi.StoreRoots(st.Snapshots),
 		Registry: &remotes{store: st, registry: remote, puller: puller, pusher: pusher, synced: e.syncer.request},
+		Archives: &archives{store: st, layers: layerBlobs, puller: puller, dir: e.path("tmp"), synced: e.syncer.request},
 		Executor: e.executor,
 		Dir:      e.root,
 		Version:  Version,

@@ -45,13 +45,17 @@ func (r *Registry) Push(ctx context.Context, ref string, desc ocispec.Descriptor
 	if err != nil {
 		return r.explain(ctx, "push", named, err)
 	}
+	var part partial
 	for try := 1; ; try++ {
-		err = tried(u.blob(desc, open, progress), try)
+		before := part.at
+		err = tried(u.blob(desc, open, progress, &part), try)
 		if err == nil {
 			progress(desc.Size)
 			return nil
 		}
-		// Whatever is left of an upload is the registry's to throw away; we begin a new one.
+		if part.at > before {
+			try = 1 // it gets on, if slowly
+		}
 		if try >= r.opts.Tries || ctx.Err() != nil || !broken(err) {
 			return r.explain(u.ctx, "push", named, err)
 		}
@@ -121,15 +125,20 @@ func (r *Registry) uploader(ctx context.Context, named reference.Named) (*upload
 	}, nil
 }
 
-func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, error), progress func(int64)) error {
+func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, error), progress func(int64), part *partial) error {
 	there, err := u.has("blobs/"+desc.Digest.String(), desc)
 	if err != nil || there {
 		return err
 	}
+	if done, err := u.goOn(desc, open, progress, part); err != nil || done {
+		return err
+	}
+	// Whatever is left of an earlier upload is the registry's to throw away; we begin a new one.
 	location, done, err := u.begin(desc)
 	if err != nil || done {
 		return err
 	}
+	part.location = location
 	q := location.Query()
 	q.Set("digest", desc.Digest.String())
 	location.RawQuery = q.Encode()
@@ -211,11 +220,7 @@ func (u *uploader) begin(desc ocispec.Descriptor) (location *url.URL, done bool,
 	if err != nil {
 		return nil, false, fmt.Errorf("the registry did not say where to upload to: %w", err)
 	}
-	// Registries behind a TLS proxy like to name themselves by http: stay with what we have.
-	if asked := resp.Request.URL; asked.Scheme == "https" && location.Scheme == "http" && location.Host == asked.Host {
-		location.Scheme = "https"
-	}
-	return location, false, nil
+	return sameScheme(location, resp.Request.URL), false, nil
 }
 
 // mountSource is a repository of the same registry that has desc, "" when none is known.

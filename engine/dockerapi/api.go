@@ -40,6 +40,8 @@ type Options struct {
 	Images   Images
 	Roots    Roots
 	Registry Registry
+	// Archives may be nil: then images cannot be saved or loaded.
+	Archives Archives
 	Executor executor.Executor
 	// Dir is where containers and volumes are kept, in directories of those names.
 	Dir string
@@ -237,6 +239,12 @@ func (s *Server) route(r *request, path string) error {
 			return s.imageList(r)
 		case method == http.MethodPost && rest == "create":
 			return s.imageCreate(r)
+		case method == http.MethodGet && rest == "get" && s.Archives != nil:
+			return s.imageSave(r, r.URL.Query()["names"])
+		case method == http.MethodGet && verb == "get" && id != "" && s.Archives != nil:
+			return s.imageSave(r, []string{id})
+		case method == http.MethodPost && rest == "load" && s.Archives != nil:
+			return s.imageLoad(r)
 		case method == http.MethodGet && verb == "json" && id != "":
 			return s.imageInspect(r)
 		case method == http.MethodGet && verb == "history" && id != "":

@@ -4,6 +4,7 @@ package dockerapi
 
 import (
 	"context"
+	"io"
 	"time"
 
 	mobyregistry "github.com/moby/moby/api/types/registry"
@@ -84,6 +85,20 @@ const (
 	Done    TransferState = "done"
 	Exists  TransferState = "exists"
 )
+
+// Archives writes and reads the archives of `docker save`. Methods may be called concurrently.
+type Archives interface {
+	// Save writes images to w, of each the manifest for platform (nil: this host's).
+	Save(ctx context.Context, w io.Writer, images []Saved, platform *ocispec.Platform) error
+	// Load brings the images of an archive, perhaps a compressed one, into the store, and calls loaded with the name of each, or its ID.
+	Load(ctx context.Context, r io.Reader, platform *ocispec.Platform, loaded func(name string)) error
+}
+
+// Saved is an image that is saved: what finds it, and the names that it has in the archive.
+type Saved struct {
+	Ref   string
+	Names []string
+}
 
 // Registry reaches registries. Methods may be called concurrently. Errors wrap those of package registry, and their text is for
 // the user. A nil auth means that the client knows no credentials.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"testing/iotest"
 )
 
 var discard = log.New(io.Discard, "", 0)
@@ -19,9 +20,11 @@ type Kind string
 const (
 	Drop      Kind = "drop"      // close the connection without an answer
 	DropBody  Kind = "dropbody"  // read half of the request's body, then close the connection
+	Half      Kind = "half"      // hand on half of the request's body, then close the connection
 	Busy      Kind = "busy"      // 429
 	Fail      Kind = "fail"      // 500
 	Gone      Kind = "gone"      // 503
+	Missing   Kind = "missing"   // 404
 	Truncate  Kind = "truncate"  // half of the body, then close the connection
 	Short     Kind = "short"     // half of the body, told as all of it
 	Corrupt   Kind = "corrupt"   // one byte changed
@@ -80,11 +83,17 @@ func (f *Fault) wrap(next http.Handler) http.Handler {
 		case DropBody:
 			_, _ = io.CopyN(io.Discard, r.Body, r.ContentLength/2)
 			panic(http.ErrAbortHandler)
+		case Half:
+			r.Body = io.NopCloser(io.MultiReader(io.LimitReader(r.Body, r.ContentLength/2), iotest.ErrReader(io.ErrUnexpectedEOF)))
+			next.ServeHTTP(&recorder{header: http.Header{}, status: http.StatusOK}, r)
+			panic(http.ErrAbortHandler)
 		case Busy:
 			w.Header().Set("Retry-After", "1")
 			w.WriteHeader(http.StatusTooManyRequests)
 		case Fail:
 			w.WriteHeader(http.StatusInternalServerError)
+		case Missing:
+			w.WriteHeader(http.StatusNotFound)
 		case Gone:
 			w.WriteHeader(http.StatusServiceUnavailable)
 		default:
