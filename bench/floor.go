@@ -10,7 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // floorName is what the table calls the floor.
@@ -43,15 +46,26 @@ func cloneFloor(n int) error {
 	return nil
 }
 
-// statAll asks for the state of every file below dir, as whoever wants to know what has changed must.
+// statAll asks for the state of every file below dir, as whoever wants to know what has changed must, with all processors.
 func statAll(dir string) error {
-	return filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		_, err = d.Info()
+	top, err := os.ReadDir(dir)
+	if err != nil {
 		return err
-	})
+	}
+	var group errgroup.Group
+	group.SetLimit(runtime.GOMAXPROCS(0))
+	for _, e := range top {
+		group.Go(func() error {
+			return filepath.WalkDir(filepath.Join(dir, e.Name()), func(_ string, d fs.DirEntry, err error) error {
+				if err != nil {
+					return err
+				}
+				_, err = d.Info()
+				return err
+			})
+		})
+	}
+	return group.Wait()
 }
 
 // copyAll reads every file below dir once, hashes it, and writes the bytes one after the other into one file, which it syncs:

@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -449,12 +450,14 @@ func (s *Store) manifestLayers(d digest.Digest) []digest.Digest {
 	return ds
 }
 
-var digestPattern = regexp.MustCompile(`sha256:[0-9a-f]{64}`)
+var digestPattern = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`sha256:[0-9a-f]{64}`)
+})
 
 // findDigests returns the digests in b, whatever the form of the text around them.
 func findDigests(b []byte) []digest.Digest {
 	var ds []digest.Digest
-	for _, m := range digestPattern.FindAll(b, -1) {
+	for _, m := range digestPattern().FindAll(b, -1) {
 		ds = append(ds, digest.Digest(m))
 	}
 	return ds

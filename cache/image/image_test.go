@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
@@ -498,4 +499,49 @@ func FuzzFind(f *testing.F) {
 			}
 		}
 	})
+}
+
+// fullDisk has no room for a write as long as full is set.
+type fullDisk struct {
+	fsys.FS
+	full bool
+}
+
+func (f *fullDisk) Free(path string) (int64, error) {
+	if f.full {
+		return 0, nil
+	}
+	return f.FS.Free(path)
+}
+
+// A build of what has not changed writes nothing: it works on a full disk.
+func TestSetLayersThatAreSetWritesNothing(t *testing.T) {
+	disk := &fullDisk{FS: fsys.OS}
+	recs, err := record.OpenWith(filepath.Join(t.TempDir(), "records"), record.Options{FS: disk})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer recs.Close()
+	s, err := Open(recs, &memory{blobs: map[digest.Digest][]byte{}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := digest.FromString("a manifest")
+	if err := s.SetLayers(t.Context(), m, snapshot.Snapshot{"d0"}); err != nil {
+		t.Fatal(err)
+	}
+	disk.full = true
+	if err := s.SetLayers(t.Context(), m, snapshot.Snapshot{"d0"}); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+	if err := s.SetLayers(t.Context(), m, snapshot.Snapshot{"d1"}); err == nil {
+		t.Error("other layers are noted although the disk is full")
+	}
+	disk.full = false
+	if err := s.SetLayers(t.Context(), m, snapshot.Snapshot{"d2"}); err != nil {
+		t.Fatal(err)
+	}
+	if snap, _, err := s.Layers(t.Context(), m); err != nil || len(snap) != 1 || snap[0] != "d2" {
+		t.Errorf("got %v, %v, want d2", snap, err)
+	}
 }

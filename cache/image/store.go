@@ -3,6 +3,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -211,6 +212,10 @@ func (s *Store) SetLayers(ctx context.Context, manifest digest.Digest, snap snap
 	raw, err := json.Marshal(snap)
 	if err != nil {
 		return fmt.Errorf("set layers of manifest %s: %w", manifest, err)
+	}
+	// Every build of what has not changed comes here: a write to the disk would cost it more than all else.
+	if old, ok, err := s.records.GetValue(LayersBucket, manifest.String()); err == nil && ok && bytes.Equal(old, raw) {
+		return nil
 	}
 	return s.records.ChangeValues(LayersBucket, map[string][]byte{manifest.String(): raw})
 }

@@ -422,8 +422,11 @@ func (sc *treeScan) startHashing(ctx context.Context) error {
 	sc.jobs = make(chan *hashJob, 256)
 	for range readAheadWorkers {
 		sc.hashing.Go(func() {
-			buf := make([]byte, chunkSize)
+			var buf []byte // most steps write no file
 			for j := range sc.jobs {
+				if buf == nil {
+					buf = make([]byte, chunkSize)
+				}
 				if j.err = context.Cause(ctx); j.err == nil {
 					j.sum, j.err = hashFile(root, j.path, j.size, buf)
 				}

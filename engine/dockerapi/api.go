@@ -119,10 +119,12 @@ func (s *Server) Close() error {
 
 // Handles says whether a request of this path belongs to the Docker Engine API.
 func Handles(path string) bool {
-	return path == "/_ping" || versionPrefix.MatchString(path)
+	return path == "/_ping" || versionPrefix().MatchString(path)
 }
 
-var versionPrefix = regexp.MustCompile(`^/v([0-9]+)\.([0-9]+)(/|$)`)
+var versionPrefix = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^/v([0-9]+)\.([0-9]+)(/|$)`)
+})
 
 // request is one call with its path already taken apart.
 type request struct {
@@ -162,7 +164,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, hr *http.Request) {
 	h.Set("Docker-Experimental", "false")
 	h.Set("Server", "Slipway/"+s.Version+" ("+runtime.GOOS+")")
 	path := hr.URL.Path
-	if m := versionPrefix.FindStringSubmatch(path); m != nil {
+	if m := versionPrefix().FindStringSubmatch(path); m != nil {
 		if err := checkVersion(m[1], m[2]); err != nil {
 			writeError(w, err)
 			return

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"math/big"
 	"regexp"
+	"sync"
 )
 
 // newID is the ID of a container or of an anonymous volume: 64 hexadecimal digits, as docker's.
@@ -52,19 +53,23 @@ func pick(list []string) string {
 }
 
 var (
-	validName   = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
-	validVolume = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+	validName = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+	})
+	validVolume = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+	})
 )
 
 func checkName(name string) error {
-	if !validName.MatchString(name) || len(name) > 200 {
+	if !validName().MatchString(name) || len(name) > 200 {
 		return invalid("Invalid container name (%s), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed", name)
 	}
 	return nil
 }
 
 func checkVolumeName(name string) error {
-	if !validVolume.MatchString(name) || len(name) > 200 {
+	if !validVolume().MatchString(name) || len(name) > 200 {
 		return invalid(`%q includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, use absolute path`, name)
 	}
 	return nil

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/moby/buildkit/solver/pb"
@@ -278,7 +279,9 @@ func kind(op *pb.Op) string {
 	return "other"
 }
 
-var declaration = regexp.MustCompile(`(?im)^\s*(ARG|ENV)\s+(.*)$`)
+var declaration = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?im)^\s*(ARG|ENV)\s+(.*)$`)
+})
 
 // arguments returns the names that the build's Dockerfiles declare with ARG only.
 func arguments(reports []solver.Report) []string {
@@ -290,7 +293,7 @@ func arguments(reports []solver.Report) []string {
 				continue
 			}
 			seen[src] = true
-			for _, m := range declaration.FindAllStringSubmatch(string(src.GetData()), -1) {
+			for _, m := range declaration().FindAllStringSubmatch(string(src.GetData()), -1) {
 				for i, word := range strings.Fields(m[2]) {
 					name, _, assigned := strings.Cut(word, "=")
 					switch {

@@ -9,18 +9,25 @@ import (
 	"maps"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/seed-68981b69/slipway/cache/record"
 )
 
 // secretName matches names of variables that should not have been used for a secret, and are.
-var secretName = regexp.MustCompile(`(?i)(^|[_-])(apikey|auth|credentials?|key|passwd|password|pword|pwd|secret|token)([_-]|$)`)
+var secretName = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?i)(^|[_-])(apikey|auth|credentials?|key|passwd|password|pword|pwd|secret|token)([_-]|$)`)
+})
 
 // publicName matches exceptions.
-var publicName = regexp.MustCompile(`(?i)(^|[_-])public([_-]|$)`)
+var publicName = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?i)(^|[_-])public([_-]|$)`)
+})
 
 // userinfo is what stands before the host in a URL.
-var userinfo = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s"']+@`)
+var userinfo = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s"']+@`)
+})
 
 // minHidden is the shortest value that is looked for in other texts.
 const minHidden = 4
@@ -35,7 +42,7 @@ type redactor struct {
 func newRedactor(salt string) *redactor { return &redactor{salt: salt, hidden: map[string]string{}} }
 
 func isSecretName(name string) bool {
-	return secretName.MatchString(name) && !publicName.MatchString(name)
+	return secretName().MatchString(name) && !publicName().MatchString(name)
 }
 
 func (r *redactor) learn(name, value string) {
@@ -55,7 +62,7 @@ func (r *redactor) text(s string) string {
 	for value, mark := range r.hidden {
 		s = strings.ReplaceAll(s, value, mark)
 	}
-	return userinfo.ReplaceAllString(s, "${1}xxxxx@")
+	return userinfo().ReplaceAllString(s, "${1}xxxxx@")
 }
 
 func (r *redactor) part(p record.Part) record.Part {

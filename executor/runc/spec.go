@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/moby/profiles/seccomp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -51,7 +52,9 @@ type host struct {
 // generatedFile is a file that is made for one container and mounted over its target.
 type generatedFile struct{ Source, Target string }
 
-var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+var validID = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+})
 
 // maskedPaths and readonlyPaths hide what docker hides.
 var maskedPaths = []string{
@@ -138,7 +141,7 @@ func runtimeSpec(s executor.Spec, h host) (*specs.Spec, error) {
 // check refuses what has no meaning.
 func check(s executor.Spec) error {
 	switch {
-	case !validID.MatchString(s.ID):
+	case !validID().MatchString(s.ID):
 		return fmt.Errorf("container ID %q: want letters, digits, '.', '_' and '-', at most 128", s.ID)
 	case !filepath.IsAbs(s.Rootfs):
 		return fmt.Errorf("root file system %q is not an absolute path", s.Rootfs)

@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -146,10 +147,15 @@ func Send(c *net.UnixConn, msg any, files ...*os.File) error {
 	return err
 }
 
+// buffers are for whole messages, of which a step has several.
+var buffers = sync.Pool{New: func() any { return new([maxMessage]byte) }}
+
 // Receive reads one message into msg and returns the files that came with it; the caller closes them. It returns
 // io.EOF when the other end has gone.
 func Receive(c *net.UnixConn, msg any) ([]*os.File, error) {
-	buf := make([]byte, maxMessage)
+	pooled := buffers.Get().(*[maxMessage]byte)
+	defer buffers.Put(pooled) // nothing decoded from JSON refers to it
+	buf := pooled[:]
 	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
 	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
 	if err != nil {
