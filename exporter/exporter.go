@@ -93,6 +93,8 @@ type Options struct {
 	Progress solver.Progress
 	// Credentials are those of the build's client; nil means docker's config.json only.
 	Credentials registry.Credentials
+	// Tokens are fetched by the client itself; nil when it does not.
+	Tokens registry.TokenSource
 	// Output is the client's end of this export; nil when there is none.
 	Output Output
 	// Layers, when set, is told as which blobs an image has the layers of the Ref with that ID.

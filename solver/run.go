@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
 
@@ -371,4 +372,20 @@ func (s *runSession) Upload(ctx context.Context, u *url.URL) (io.ReadCloser, err
 		return c.Upload(ctx, u)
 	}
 	return nil, fmt.Errorf("the client cannot send %s", u.Path)
+}
+
+// HasTokens implements TokenSession.
+func (s *runSession) HasTokens(ctx context.Context, host string) (bool, error) {
+	if c, ok := s.client().(TokenSession); ok {
+		return c.HasTokens(ctx, host)
+	}
+	return false, nil
+}
+
+// FetchToken implements TokenSession.
+func (s *runSession) FetchToken(ctx context.Context, req registry.TokenRequest) (registry.Token, error) {
+	if c, ok := s.client().(TokenSession); ok {
+		return c.FetchToken(ctx, req)
+	}
+	return registry.Token{}, fmt.Errorf("the client has no tokens for %s", req.Host)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
 
@@ -180,6 +181,12 @@ type Uploader interface {
 	Session
 	// Upload reads the file, which can be done once. Close the reader.
 	Upload(ctx context.Context, u *url.URL) (io.ReadCloser, error)
+}
+
+// TokenSession is a Session whose client may fetch registry tokens itself, so that its passwords stay with it.
+type TokenSession interface {
+	Session
+	registry.TokenSource
 }
 
 // LocalRequest asks for a directory of the client.

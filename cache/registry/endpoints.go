@@ -201,6 +201,9 @@ func (r *Registry) authorizer(key string, client *http.Client, header http.Heade
 				return r.lookup(ctx, h)
 			}),
 		)
+		if r.tokens != nil {
+			auth = newTokenAuthorizer(auth, r.tokens)
+		}
 		r.authorizers[key] = auth
 	}
 	return auth

@@ -102,7 +102,7 @@ func (r *Registry) diagnose(ctx context.Context, host, what string, err error) *
 		e.Message = fmt.Sprintf("the connection to %s broke: %s: check the network, or try again later", pass.host, pass)
 	case errors.Is(err, docker.ErrInvalidAuthorization) || code == http.StatusUnauthorized:
 		e.Err = ErrUnauthorized
-		if user, secret, _ := r.lookup(ctx, apiHost(host)); user != "" || secret != "" {
+		if r.known(ctx, apiHost(host)) {
 			e.Message = fmt.Sprintf("%s does not accept the user name or password%s: run \"slipway login %s\"", host, said, host)
 		} else {
 			e.Message = fmt.Sprintf("%s wants a user name and password%s: run \"slipway login %s\"", host, said, host)
@@ -197,4 +197,15 @@ func apiHost(host string) string {
 		return "registry-1.docker.io"
 	}
 	return host
+}
+
+// known says whether anybody has credentials for host. A client that fetches tokens itself is not asked for its password.
+func (r *Registry) known(ctx context.Context, host string) bool {
+	if r.tokens != nil {
+		if has, err := r.tokens.HasTokens(ctx, host); err == nil && has {
+			return true
+		}
+	}
+	user, secret, _ := r.lookup(ctx, host)
+	return user != "" || secret != ""
 }

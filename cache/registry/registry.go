@@ -59,6 +59,7 @@ type Registry struct {
 	opts    Options
 	hosts   *hosts
 	creds   Credentials
+	tokens  TokenSource // may be nil
 	resolve remotes.Resolver
 
 	mu          sync.Mutex // guards authorizers
@@ -86,13 +87,15 @@ func (r *Registry) With(creds Credentials) *Registry {
 		return r
 	}
 	before := r.creds
-	return build(r.opts, r.hosts, func(ctx context.Context, host string) (string, string, error) {
+	with := build(r.opts, r.hosts, func(ctx context.Context, host string) (string, string, error) {
 		user, secret, err := creds(ctx, host)
 		if err != nil || user != "" || secret != "" || before == nil {
 			return user, secret, err
 		}
 		return before(ctx, host)
 	})
+	with.tokens = r.tokens
+	return with
 }
 
 // Lenient returns a Registry that speaks to any host as if it were listed as insecure: its certificate is not checked, or there is

@@ -4,6 +4,7 @@ package buildkitapi
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +25,7 @@ import (
 	fstypes "github.com/tonistiigi/fsutil/types"
 	"google.golang.org/grpc/codes"
 
+	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
 )
@@ -48,7 +50,10 @@ type clientSession struct {
 	transfers []string
 }
 
-var _ solver.Session = (*clientSession)(nil)
+var _ interface {
+	solver.TokenSession
+	solver.Uploader
+} = (*clientSession)(nil)
 
 // caller waits for the session with an ID.
 func (s *clientSession) caller(ctx context.Context, id string) (session.Caller, error) {
@@ -193,6 +198,59 @@ func (s *clientSession) Credentials(ctx context.Context, host string) (string, s
 		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
 	}
 	return response.Username, response.Secret, nil
+}
+
+// tokenSalt tells this process from others to clients that make keys for it.
+var tokenSalt = sync.OnceValue(func() []byte {
+	salt := make([]byte, 32)
+	_, _ = rand.Read(salt)
+	return salt
+})
+
+// HasTokens implements solver.TokenSession: a client that has an authority for a host fetches tokens for it.
+func (s *clientSession) HasTokens(ctx context.Context, host string) (bool, error) {
+	if s.id == "" {
+		return false, nil
+	}
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, auth.SessionAuthTimeout, errors.New("the client did not answer"))
+	defer cancel()
+	response, err := auth.NewAuthClient(caller.Conn()).GetTokenAuthority(caller.Context(ctx), &auth.GetTokenAuthorityRequest{Host: host, Salt: tokenSalt()})
+	switch code := grpcerrors.Code(err); {
+	case err == nil:
+		return len(response.PublicKey) > 0, nil
+	case code == codes.Unimplemented, code == codes.Unavailable:
+		return false, nil
+	}
+	return false, err
+}
+
+// FetchToken implements solver.TokenSession.
+func (s *clientSession) FetchToken(ctx context.Context, req registry.TokenRequest) (registry.Token, error) {
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return registry.Token{}, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, auth.SessionAuthTimeout, errors.New("the client did not answer"))
+	defer cancel()
+	response, err := auth.NewAuthClient(caller.Conn()).FetchToken(caller.Context(ctx), &auth.FetchTokenRequest{
+		ClientID: "slipway", Host: req.Host, Realm: req.Realm, Service: req.Service, Scopes: req.Scopes,
+	})
+	if err != nil {
+		return registry.Token{}, err
+	}
+	token := registry.Token{Value: response.Token}
+	if response.ExpiresIn > 0 {
+		issued := time.Now()
+		if response.IssuedAt > 0 && time.Unix(response.IssuedAt, 0).Before(issued) {
+			issued = time.Unix(response.IssuedAt, 0)
+		}
+		token.Expires = issued.Add(time.Duration(response.ExpiresIn) * time.Second)
+	}
+	return token, nil
 }
 
 // Upload implements solver.Uploader.

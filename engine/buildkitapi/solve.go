@@ -274,6 +274,7 @@ func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, o
 		response, err = e.Export(ctx, r, exporter.Options{
 			Progress:    env.Progress,
 			Credentials: output.session.Credentials,
+			Tokens:      output.session,
 			Output:      output,
 			Layers:      layers,
 		})

@@ -172,6 +172,7 @@ func (e *imageExporter) destinations(names []string) (map[string][]destination, 
 func (e *imageExporter) pushOptions(opts exporter.Options) registry.Options {
 	return registry.Options{
 		Credentials: opts.Credentials,
+		Tokens:      opts.Tokens,
 		Progress:    opts.Transfer("pushing"),
 		Compression: e.attrs.compression.Shaped(),
 		Insecure:    e.attrs.insecure,

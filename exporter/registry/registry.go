@@ -65,6 +65,8 @@ func New(deps Deps) *Pusher {
 type Options struct {
 	// Credentials are asked before those that the Registry has; nil means that there are no others.
 	Credentials registry.Credentials
+	// Tokens are fetched by whoever asks for the push, without its credentials; may be nil.
+	Tokens registry.TokenSource
 	// Progress is called with the bytes of each layer, by its digest in the registry, and once, done, with the full size for one that
 	// the registry had already. It may be called from several goroutines; nil is allowed. It fits solver.Progress.Status.
 	Progress func(id string, current, total int64, done bool)
@@ -137,7 +139,7 @@ func (p *Pusher) newPush(ref string, opts Options) (*push, error) {
 		to = to.Lenient()
 	}
 	return &push{
-		Pusher: p, ref: named.String(), repo: named.Name(), to: to.With(opts.Credentials), progress: opts.Progress,
+		Pusher: p, ref: named.String(), repo: named.Name(), to: to.WithTokens(opts.Credentials, opts.Tokens), progress: opts.Progress,
 		slots: make(chan struct{}, parallel), compression: opts.Compression,
 	}, nil
 }

@@ -23,7 +23,6 @@ var (
 		pb.CapSourceHTTPSignatureVerify: "signatures of HTTP sources",
 		pb.CapBuildOpLLBFileName:        "build ops",
 		pb.CapExecMetaNetworkProxy:      "a network proxy for steps",
-		pb.CapExecMetaCDI:               "CDI devices",
 		pb.CapRemoteCacheGHA:            "cache import and export",
 		pb.CapRemoteCacheS3:             "cache import and export",
 		pb.CapRemoteCacheAzBlob:         "cache import and export",

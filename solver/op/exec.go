@@ -88,7 +88,7 @@ func newExec(d *Deps, caches *CacheMounts, v *solver.Vertex, op *pb.ExecOp) (sol
 	}
 	for _, dev := range op.CdiDevices {
 		if !dev.Optional {
-			return nil, notSupported("device", dev.Name)
+			return nil, fmt.Errorf("required device %q is not here: CDI devices are not supported yet: %s", dev.Name, dev.Name)
 		}
 	}
 	switch op.Network {

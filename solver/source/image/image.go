@@ -107,6 +107,14 @@ func session(s solver.Session) registry.Credentials {
 	return func(ctx context.Context, host string) (string, string, error) { return s.Credentials(ctx, host) }
 }
 
+// tokens is the client's session if it can fetch tokens itself.
+func tokens(s solver.Session) registry.TokenSource {
+	if t, ok := s.(solver.TokenSession); ok {
+		return t
+	}
+	return nil
+}
+
 // once runs a function once for each key among those who ask at the same time, and hands its result to all of them. It ends when
 // nobody waits for it any more.
 type once[T any] struct {

@@ -116,7 +116,7 @@ func (r *Resolver) build(env *solver.Env) *answers {
 	if a, ok := r.builds[env.BuildID]; ok && env.BuildID != "" {
 		return a
 	}
-	a := &answers{byKey: map[string]*found{}, reg: r.deps.Registry.With(session(env.Session))}
+	a := &answers{byKey: map[string]*found{}, reg: r.deps.Registry.WithTokens(session(env.Session), tokens(env.Session))}
 	if env.BuildID == "" {
 		return a
 	}

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/docker/cli/cli/config/configfile"
+	"github.com/docker/cli/cli/config/types"
+	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/session/auth"
+	"github.com/moby/buildkit/session/auth/authprovider"
+	"github.com/tonistiigi/fsutil"
+	"google.golang.org/grpc"
+
+	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
+)
+
+// watchedAuth is docker's own answers to questions for credentials and tokens, counted.
+type watchedAuth struct {
+	auth.AuthServer
+	mu     sync.Mutex
+	asked  map[string]int
+	plain  bool // like a client of old, has no tokens
+	broken bool // fetches tokens that are none
+}
+
+func (a *watchedAuth) Register(s *grpc.Server) { auth.RegisterAuthServer(s, a) }
+
+func (a *watchedAuth) count(what string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.asked[what]++
+}
+
+func (a *watchedAuth) Credentials(ctx context.Context, r *auth.CredentialsRequest) (*auth.CredentialsResponse, error) {
+	a.count("password")
+	return a.AuthServer.Credentials(ctx, r)
+}
+
+func (a *watchedAuth) FetchToken(ctx context.Context, r *auth.FetchTokenRequest) (*auth.FetchTokenResponse, error) {
+	a.count("token")
+	if a.broken {
+		return &auth.FetchTokenResponse{Token: "none"}, nil
+	}
+	return a.AuthServer.FetchToken(ctx, r)
+}
+
+func (a *watchedAuth) GetTokenAuthority(ctx context.Context, r *auth.GetTokenAuthorityRequest) (*auth.GetTokenAuthorityResponse, error) {
+	if a.plain {
+		return auth.UnimplementedAuthServer{}.GetTokenAuthority(ctx, r)
+	}
+	return a.AuthServer.GetTokenAuthority(ctx, r)
+}
+
+// TestClientKeepsItsPassword pushes to and pulls from registries that want to know who comes.
+func TestClientKeepsItsPassword(t *testing.T) {
+	te := openTest(t)
+	for _, tc := range []struct {
+		name     string
+		token    bool // the registry gives tokens; otherwise it wants the password itself
+		password string
+		plain    bool
+		broken   bool
+		asked    string // what the client was asked for
+		fails    bool
+	}{
+		{name: "token", token: true, password: "ahoy", asked: "token"},
+		{name: "token from a client of old", token: true, password: "ahoy", plain: true, asked: "password"},
+		{name: "password", password: "ahoy", asked: "password"},
+		{name: "wrong password", token: true, password: "wrong", asked: "token", fails: true},
+		{name: "token that is none", token: true, password: "ahoy", broken: true, asked: "token", fails: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Setenv("XDG_CONFIG_HOME", t.TempDir()) // where the provider keeps its seeds
+			t.Setenv("DOCKER_CONFIG", t.TempDir())
+			reg := registrytest.Start(t, registrytest.Options{User: "sailor", Password: "ahoy", Token: tc.token})
+			config := configfile.New("")
+			config.AuthConfigs[reg.Host] = types.AuthConfig{Username: "sailor", Password: tc.password, ServerAddress: reg.Host}
+			provider := authprovider.NewDockerAuthProvider(authprovider.DockerAuthProviderConfig{AuthConfigProvider: authprovider.LoadAuthConfig(config)})
+			watched := &watchedAuth{AuthServer: provider.(auth.AuthServer), asked: map[string]int{}, plain: tc.plain, broken: tc.broken}
+			solve := func(dockerfile string, exports ...bkclient.ExportEntry) error {
+				dir := t.TempDir()
+				if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(dockerfile), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				files, err := fsutil.NewFS(dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = te.client.Solve(t.Context(), nil, bkclient.SolveOpt{
+					Frontend: "dockerfile.v0", Exports: exports, Session: []session.Attachable{watched},
+					LocalMounts: map[string]fsutil.FS{"context": files, "dockerfile": files},
+				}, nil)
+				return err
+			}
+			name := reg.Host + "/private:1"
+			err := solve("FROM scratch\nCOPY Dockerfile /"+strings.ReplaceAll(tc.name, " ", "-")+"\n", bkclient.ExportEntry{Type: "image", Attrs: map[string]string{
+				"name": name, "push": "true", "store": "false",
+			}})
+			if (err != nil) != tc.fails {
+				t.Errorf("push: %v", err)
+			}
+			if err == nil {
+				err = solve("FROM " + name + "\nCOPY Dockerfile /more\n")
+				if err != nil {
+					t.Errorf("pull: %v", err)
+				}
+			}
+			if len(watched.asked) != 1 || watched.asked[tc.asked] == 0 {
+				t.Errorf("asked for %v, want only %s", watched.asked, tc.asked)
+			}
+		})
+	}
+}
