@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -183,6 +184,15 @@ var commitGroup = group{
 			if err != nil {
 				return err
 			}
+			// A large tree gets its index after that; a record of it has to wait.
+			indexed := b.of(row + "-indexed")
+			indexed.floor = b.of(row).floor
+			start := time.Now()
+			if err := b.stack.layers.Ensure(ctx, after...); err != nil {
+				return err
+			}
+			commits := b.of(row).ours
+			indexed.ours = append(indexed.ours, commits[len(commits)-1]+time.Since(start))
 			if len(after) != len(b.stack.snap)+1 {
 				return fmt.Errorf("commit made %d layers of %d", len(after), len(b.stack.snap))
 			}

@@ -46,7 +46,8 @@ func (s *Store) IDs() ([]ID, error) {
 
 // Check reads everything of a layer from the disk and compares: the tar with its diff ID, the index with its checksum and
 // the content digest, every file of a tree with the index, the EROFS image with what the index gives. It changes
-// nothing. An index or info that can be made again from the rest is Derived. A layer that was never made durable before a reboot has the damage of its info.
+// nothing. An index or info that can be made again from the rest is Derived. A layer that was never made durable before a
+// reboot has the damage of its info; one whose index was never made is none, so that the error wraps ErrNotFound.
 func (s *Store) Check(ctx context.Context, id ID) ([]Damage, error) {
 	if !id.valid() {
 		return nil, fmt.Errorf("layer %q: %w", id, ErrNotFound)
@@ -65,6 +66,9 @@ func (s *Store) Check(ctx context.Context, id ID) ([]Damage, error) {
 		}
 	}
 	m, err := readMeta(s.path(id, infoFile), id)
+	if err == nil && m.Unfinished {
+		return nil, fmt.Errorf("layer %s: %w: the process has ended before it had an index", id, ErrNotFound)
+	}
 	if err == nil && !s.boot.trusts(m) && !m.Tar {
 		err = errors.New("the layer was not on disk when the machine went down")
 	}
@@ -103,10 +107,10 @@ func (s *Store) Check(ctx context.Context, id ID) ([]Damage, error) {
 			bad(erofsFile, true, err)
 		}
 		if m.Tree && s.boot.trusts(m) {
-			bad(treeDir, false, checkTree(ctx, s.path(id, treeDir), x))
+			bad(treeDir, false, checkTree(ctx, s.path(id, treeDir), x, m.MoreDirs))
 		}
 		if _, err := os.Lstat(s.path(id, extractedDir)); err == nil {
-			bad(extractedDir, true, checkTree(ctx, s.path(id, extractedDir), x))
+			bad(extractedDir, true, checkTree(ctx, s.path(id, extractedDir), x, false))
 		}
 	}
 	return found, context.Cause(ctx)
@@ -178,12 +182,14 @@ func checkTar(ctx context.Context, path string, m *meta) error {
 	return nil
 }
 
-// checkTree compares a directory with the index that describes it.
-func checkTree(ctx context.Context, dir string, want *index.Index) error {
-	got, _, err := scanTree(ctx, dir)
+// checkTree compares a directory with the index that describes it. moreDirs says that it may have directories that the index
+// does not have.
+func checkTree(ctx context.Context, dir string, want *index.Index, moreDirs bool) error {
+	scan, err := scanTree(ctx, dir)
 	if err != nil {
 		return err
 	}
+	got := scan.index
 	for i := range want.Len() {
 		w := want.At(i)
 		g, ok := got.Lookup(w.Path)
@@ -196,7 +202,7 @@ func checkTree(ctx context.Context, dir string, want *index.Index) error {
 	}
 	if got.Len() != want.Len() {
 		for e := range got.All() {
-			if _, ok := want.Lookup(e.Path); !ok {
+			if _, ok := want.Lookup(e.Path); !ok && !(moreDirs && e.Type == index.Dir) {
 				return fmt.Errorf("%q was not there", e.Path)
 			}
 		}
@@ -298,8 +304,8 @@ func (s *Store) quarantine(id ID, dir string) error {
 	return nil
 }
 
-// RemoveBroken removes the layers that can never be found: their info is missing or damaged, or they were not on disk when
-// the machine went down. It says how many there were.
+// RemoveBroken removes the layers that can never be found: their info is missing or damaged, they were not on disk when
+// the machine went down, or the process has ended before they had an index. It says how many there were.
 func (s *Store) RemoveBroken(ctx context.Context) (int, error) {
 	ids, err := s.IDs()
 	if err != nil {
@@ -310,7 +316,7 @@ func (s *Store) RemoveBroken(ctx context.Context) (int, error) {
 		if err := context.Cause(ctx); err != nil {
 			return n, err
 		}
-		if _, err := s.load(id); err == nil {
+		if _, err := s.load(id); err == nil || s.isIndexing(id) {
 			continue
 		}
 		removed, err := s.removeBroken(id)
@@ -333,7 +339,7 @@ func (s *Store) removeBroken(id ID) (bool, error) {
 	m, err := readMeta(s.path(id, infoFile), id)
 	var path *os.PathError
 	switch {
-	case err == nil && (m.Tar || s.boot.trusts(m)):
+	case err == nil && !m.Unfinished && (m.Tar || s.boot.trusts(m)):
 		return false, nil
 	case errors.As(err, &path) && !errors.Is(err, os.ErrNotExist):
 		return false, nil // too many open files, say: nobody knows whether it is damaged

@@ -598,9 +598,13 @@ func (d *Draft) Hold(ctx context.Context) (ID, error) {
 	return id, nil
 }
 
-// Ensure writes the held ones among the layers to disk. An ID that does not exist is an error that wraps ErrNotFound.
+// Ensure writes the held ones among the layers to disk, and waits for the indexes of those that were just committed: when it
+// has returned, a record may name them. An ID that does not exist is an error that wraps ErrNotFound.
 func (s *Store) Ensure(ctx context.Context, ids ...ID) error {
 	for _, id := range ids {
+		if err := s.indexed(ctx, id); err != nil {
+			return err
+		}
 		if _, err := s.meta(id); err == nil {
 			continue
 		}

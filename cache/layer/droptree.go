@@ -4,7 +4,6 @@ package layer
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -82,16 +81,16 @@ func (s *Store) dropTree(id ID) error {
 	}
 	lean := *m
 	lean.Content = x.Digest() // another than m's if the index was of another version
-	lean.Tree, lean.Boot, lean.Number = false, "", 0
+	lean.Tree, lean.MoreDirs, lean.Boot, lean.Number = false, false, "", 0
 	lean.Size = m.TarSize + int64(len(img)+len(x.Encode()))
 	if err := s.replaceFile(id, erofsFile, img); err != nil {
 		return err
 	}
-	info, err := json.MarshalIndent(&lean, "", "\t")
+	info, err := encodeMeta(&lean)
 	if err != nil {
 		return err
 	}
-	if err := s.replaceFile(id, infoFile, append(info, '\n')); err != nil {
+	if err := s.replaceFile(id, infoFile, info); err != nil {
 		return err
 	}
 	if err := s.fs.Sync(s.path(id, "")); err != nil {

@@ -3,6 +3,7 @@
 package layer
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -174,7 +175,7 @@ func TestCommitDropsUnchangedDirectories(t *testing.T) {
 			e, _ := below.Lookup(path)
 			setTime(t, filepath.Join(upper, path), e.ModTime)
 		}
-		id, err := s.CommitTreeOver(t.Context(), dir, below)
+		id, err := s.CommitTreeOver(t.Context(), dir, func(context.Context) (index.Tree, error) { return below, nil })
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -255,7 +255,7 @@ func (s *Store) CopyTree(ctx context.Context, tree Files, dir string) error {
 
 // IndexTree returns the index of a directory, every file hashed.
 func (s *Store) IndexTree(ctx context.Context, dir string) (*index.Index, error) {
-	x, _, err := scanTree(ctx, dir)
+	x, err := scanIndex(ctx, dir)
 	if err != nil {
 		return nil, fmt.Errorf("index %s: %w", dir, err)
 	}

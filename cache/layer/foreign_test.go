@@ -237,11 +237,11 @@ func explicitDirs(t *testing.T, layers ...[]byte) map[string]bool {
 func compare(t *testing.T, tool, dir string, s *Store, ids []ID, layers ...[]byte) {
 	t.Helper()
 	explicit := explicitDirs(t, layers...)
-	theirs, _, err := scanTree(t.Context(), dir)
+	theirs, err := scanIndex(t.Context(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	mounted, _, err := scanTree(t.Context(), mountOverlay(t, s, ids...))
+	mounted, err := scanIndex(t.Context(), mountOverlay(t, s, ids...))
 	if err != nil {
 		t.Fatal(err)
 	}

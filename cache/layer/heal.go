@@ -132,12 +132,10 @@ func (s *Store) remakeIndex(ctx context.Context, m *meta) (*index.Index, error) 
 // there is none of them.
 func (s *Store) shown(ctx context.Context, m *meta) (*index.Index, error) {
 	if m.Tree {
-		x, _, err := scanTree(ctx, s.path(m.ID, treeDir))
-		return x, err
+		return scanIndex(ctx, s.path(m.ID, treeDir))
 	}
 	if _, err := os.Lstat(s.path(m.ID, extractedDir)); err == nil {
-		x, _, err := scanTree(ctx, s.path(m.ID, extractedDir))
-		return x, err
+		return scanIndex(ctx, s.path(m.ID, extractedDir))
 	}
 	if _, err := os.Lstat(s.path(m.ID, erofsFile)); err != nil || !s.probe().EROFS {
 		return nil, nil
@@ -147,8 +145,7 @@ func (s *Store) shown(ctx context.Context, m *meta) (*index.Index, error) {
 		return nil, err
 	}
 	defer unix.Close(mnt)
-	x, _, err := scanTree(ctx, fmt.Sprintf("/proc/self/fd/%d/.", mnt))
-	return x, err
+	return scanIndex(ctx, fmt.Sprintf("/proc/self/fd/%d/.", mnt))
 }
 
 // rereadTar is what a tar says when it is read once more.
@@ -284,7 +281,7 @@ func (s *Store) remakeInfo(ctx context.Context, id ID) (*meta, error) {
 		return nil, err
 	}
 	m := &meta{ID: id, Content: x.Digest()}
-	treeErr := checkTree(ctx, s.path(id, treeDir), x)
+	treeErr := checkTree(ctx, s.path(id, treeDir), x, false)
 	m.Tree = treeErr == nil
 	t, tarErr := s.reread(ctx, id, recalled{shown: x})
 	if tarErr == nil && t.x.Digest() == m.Content && (id[0] != 'd' || string(id) == "d"+t.diffID.Encoded()+belowVariant(t.answers)) {

@@ -110,6 +110,8 @@ type Store struct {
 	metas  map[ID]*meta
 	held   map[ID]*heldLayer
 	mounts map[ID]string // where a layer in tar form is mounted
+	// indexing has the trees whose index is being made, and those of which it could not be.
+	indexing map[ID]*indexing
 	// treeUses counts, for a layer in tree form, the Mounts without their Unmount.
 	treeUses map[ID]int
 	hopeless map[ID]error // layers whose info is lost
@@ -121,7 +123,7 @@ type Store struct {
 	indexes indexCache
 	locks   idLocks        // one mount, pack, write or deletion of a layer at a time
 	healing idLocks        // one repair of an index or info at a time; taken inside locks, if both are
-	work    sync.WaitGroup // deletions in the background
+	work    sync.WaitGroup // deletions, and the making of indexes, in the background
 }
 
 // meta is what info.json holds.
@@ -143,6 +145,10 @@ type meta struct {
 	// Boot and Number are set while the layer, but for its tar, may not be on disk yet: see durable.go.
 	Boot   string `json:"boot,omitempty"`
 	Number uint64 `json:"number,omitempty"`
+	// Unfinished says that there is no index yet: then it is no layer, unless it is in Store.indexing.
+	Unfinished bool `json:"unfinished,omitempty"`
+	// MoreDirs says that the tree has directories that the index does not have, because nothing has changed in them.
+	MoreDirs bool `json:"moreDirs,omitempty"`
 }
 
 func (m *meta) info() Info {
@@ -173,6 +179,7 @@ func Open(dir string, opt Options) (*Store, error) {
 	s := &Store{
 		dir: dir, opt: opt, log: opt.Log, fs: opt.FS,
 		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{}, treeUses: map[ID]int{}, hopeless: map[ID]error{},
+		indexing: map[ID]*indexing{},
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -233,7 +240,8 @@ func (s *Store) removeAll(path string) {
 	})
 }
 
-// Close unmounts every layer that this store has mounted and waits for deletions under way. Held layers are gone.
+// Close unmounts every layer that this store has mounted and waits for deletions and for indexes that are being made. Held
+// layers are gone.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	s.closed = true
@@ -273,7 +281,7 @@ func (s *Store) Exists(id ID) bool {
 	s.mu.Lock()
 	held := s.held[id] != nil
 	s.mu.Unlock()
-	if held {
+	if held || s.isIndexing(id) {
 		return true
 	}
 	_, err := s.load(id)
@@ -299,6 +307,9 @@ func (s *Store) load(id ID) (*meta, error) {
 		if !errors.Is(err, os.ErrNotExist) {
 			s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
 		}
+		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
+	}
+	if m.Unfinished {
 		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
 	}
 	if !s.boot.trusts(m) {
@@ -331,6 +342,9 @@ func (s *Store) heldLayer(id ID) *heldLayer {
 
 // Stat describes a layer. The error wraps ErrNotFound when there is none.
 func (s *Store) Stat(ctx context.Context, id ID) (Info, error) {
+	if err := s.indexed(ctx, id); err != nil {
+		return Info{}, err
+	}
 	m, err := s.meta(id)
 	if err == nil {
 		return m.info(), nil
@@ -349,6 +363,9 @@ func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 	}
 	if h := s.heldLayer(id); h != nil {
 		return h.index, nil
+	}
+	if err := s.indexed(ctx, id); err != nil {
+		return nil, err
 	}
 	if _, err := s.meta(id); err != nil {
 		return nil, err
@@ -373,6 +390,9 @@ func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 func (s *Store) OpenFile(ctx context.Context, id ID, path string) (io.ReadCloser, error) {
 	if h := s.heldLayer(id); h != nil {
 		return h.open(path)
+	}
+	if err := s.indexed(ctx, id); err != nil {
+		return nil, err
 	}
 	m, err := s.meta(id)
 	if err != nil {
@@ -432,6 +452,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 	if !id.valid() {
 		return nil
 	}
+	s.cancelIndexing(id)
 	defer s.locks.lock(id)()
 	trash, _, err := s.vanish(id, func(ID) bool { return true })
 	if trash != "" {
@@ -443,7 +464,8 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 	return nil
 }
 
-// Walk calls fn for every layer, held ones included, in no particular order, until fn returns an error.
+// Walk calls fn for every layer, held ones included, in no particular order, until fn returns an error. Trees whose index is
+// being made are left out.
 func (s *Store) Walk(ctx context.Context, fn func(Info) error) error {
 	if err := s.loadAll(); err != nil {
 		return err
@@ -556,11 +578,16 @@ func (s *Store) writeFile(path string, b []byte, durable bool) error {
 }
 
 func (s *Store) writeMeta(path string, m *meta, durable bool) error {
-	b, err := json.MarshalIndent(m, "", "\t")
+	b, err := encodeMeta(m)
 	if err != nil {
 		return err
 	}
-	return s.writeFile(path, append(b, '\n'), durable)
+	return s.writeFile(path, b, durable)
+}
+
+func encodeMeta(m *meta) ([]byte, error) {
+	b, err := json.MarshalIndent(m, "", "\t")
+	return append(b, '\n'), err
 }
 
 // diskUsage returns what the files right inside dir occupy.

@@ -151,7 +151,7 @@ var ignored = cmp.Options{cmpopts.IgnoreFields(index.Entry{}, "Offset"), cmpopts
 func checkMount(t *testing.T, s *Store, ids ...ID) {
 	t.Helper()
 	at := mountOverlay(t, s, ids...)
-	got, _, err := scanTree(t.Context(), at)
+	scan, err := scanTree(t.Context(), at)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +163,7 @@ func checkMount(t *testing.T, s *Store, ids ...ID) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(shown, slices.Collect(got.All()), ignored); diff != "" {
+	if diff := cmp.Diff(shown, slices.Collect(scan.index.All()), ignored); diff != "" {
 		t.Errorf("the mount (+) is not what the index says (-):\n%s", diff)
 	}
 	for _, e := range shown {

@@ -158,7 +158,7 @@ func kernelSays(fs int) string {
 
 // Mount returns a directory that shows the layer as overlayfs wants its lower layers: whiteouts are character
 // devices 0:0, opaque directories have the xattr. It must not be written to. A layer mounted before is shared. The
-// directory is good until Unmount. A held layer is written to disk first.
+// directory is good until Unmount. A held layer is written to disk first; a tree that was just committed is there at once.
 func (s *Store) Mount(ctx context.Context, id ID) (dir string, err error) {
 	s.mu.Lock()
 	dir, closed := s.mounts[id], s.closed
@@ -168,6 +168,9 @@ func (s *Store) Mount(ctx context.Context, id ID) (dir string, err error) {
 	}
 	if dir != "" {
 		return dir, nil
+	}
+	if dir, err := s.mountUnfinished(id); dir != "" || err != nil {
+		return dir, err
 	}
 	if err := s.Ensure(ctx, id); err != nil {
 		return "", err

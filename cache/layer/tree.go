@@ -41,42 +41,91 @@ func (s *Store) NewUpper(ctx context.Context) (dir string, err error) {
 }
 
 // CommitTree makes a layer in tree form of an upper directory, one that NewUpper has returned or any directory that
-// can be renamed into the store, in overlayfs's form. It is indexed and renamed, not copied, so nothing may write to
+// can be renamed into the store, in overlayfs's form. It is renamed and indexed, not copied, so nothing may write to
 // it any more. An upper directory that holds nothing, and is 0755 0:0 itself, gives the ID "" and stays.
 // The layer's ID is random.
+//
+// The index of all but small trees is made in the background (indexing.go): the layer can be mounted at once, Ensure says
+// when it is complete, and until then nothing may name it that outlives the process.
 func (s *Store) CommitTree(ctx context.Context, upper string) (ID, error) {
-	return s.CommitTreeOver(ctx, upper, index.Merge())
+	return s.CommitTreeOver(ctx, upper, func(context.Context) (index.Tree, error) { return index.Merge(), nil })
 }
+
+// Below gives the tree that an upper directory was mounted over. It may be called later, from another goroutine.
+type Below func(context.Context) (index.Tree, error)
 
 // CommitTreeOver is CommitTree for an upper directory that was mounted over below and had been given the metadata of its
 // root. Directories that overlayfs has copied up, but in which nothing has changed (a file was made there and removed
-// again), are left out, and taken away from upper; if nothing else is in it, and its mode, owner and xattrs are those of
-// below's root, there is no layer.
-func (s *Store) CommitTreeOver(ctx context.Context, upper string, below index.Tree) (ID, error) {
+// again), are left out of the layer; if nothing else is in a small one, and its mode, owner and xattrs are those of below's
+// root, there is no layer.
+func (s *Store) CommitTreeOver(ctx context.Context, upper string, below Below) (ID, error) {
 	if filepath.Dir(upper) == filepath.Join(s.dir, "uppers") {
 		upper = filepath.Join(upper, "upper")
 	}
-	x, size, err := scanTree(ctx, upper)
-	if err != nil {
-		return "", fmt.Errorf("commit %s: %w", upper, err)
+	small, err := isSmall(upper)
+	var id ID
+	switch {
+	case err != nil:
+	case small:
+		id, err = s.commitSmall(ctx, upper, below)
+	default:
+		id, err = s.commitUnfinished(ctx, upper, below)
 	}
-	if x, err = dropUnchanged(upper, x, below); err != nil {
-		return "", fmt.Errorf("commit %s: %w", upper, err)
-	}
-	if root, _ := below.Lookup(""); x.Len() == 1 && sameMeta(x.At(0), root) {
-		return "", nil
-	}
-	id, err := s.commitTree(upper, x, size)
 	if err != nil {
 		return "", fmt.Errorf("commit %s: %w", upper, err)
 	}
 	return id, nil
 }
 
-// dropUnchanged removes the directories of upper that add nothing to below, and returns the index without them.
-func dropUnchanged(upper string, x *index.Index, below index.Tree) (*index.Index, error) {
-	gone := map[int]bool{}
-	touched := map[int]bool{} // directories whose time has changed with that
+// commitSmall commits a tree with all that belongs to it; "" if nothing has changed in it.
+func (s *Store) commitSmall(ctx context.Context, upper string, below Below) (ID, error) {
+	scan, err := scanSmallTree(ctx, upper)
+	if err != nil {
+		return "", err
+	}
+	tree, err := below(ctx)
+	if err != nil {
+		return "", err
+	}
+	x, err := removeUnchanged(upper, scan.index, tree)
+	if err != nil {
+		return "", err
+	}
+	if root, _ := tree.Lookup(""); x.Len() == 1 && sameMeta(x.At(0), root) {
+		return "", nil
+	}
+	return s.commitTree(upper, x, scan.bytes)
+}
+
+// removeUnchanged removes the directories of upper that add nothing to below, and returns the index without them.
+func removeUnchanged(upper string, x *index.Index, below index.Tree) (*index.Index, error) {
+	gone, touched, err := unchangedDirs(x, below, func(path string) (bool, error) {
+		err := unix.Rmdir(filepath.Join(upper, path))
+		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+			return false, nil // a socket, which the index does not have
+		}
+		if err != nil {
+			return false, &os.PathError{Op: "remove unchanged", Path: path, Err: err}
+		}
+		return true, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for i := range touched {
+		e := x.At(i)
+		mtime := unix.NsecToTimespec(e.ModTime)
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(upper, e.Path), []unix.Timespec{{Nsec: unix.UTIME_OMIT}, mtime}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return nil, &os.PathError{Op: "utimensat", Path: e.Path, Err: err}
+		}
+	}
+	return without(x, gone)
+}
+
+// unchangedDirs returns the numbers of the directories in x that add nothing to below and that remove, which is asked about
+// what is deepest first, agrees to; and of those that had one of these in them, and stay.
+func unchangedDirs(x *index.Index, below index.Tree, remove func(path string) (bool, error)) (gone, touched map[int]bool, err error) {
+	gone, touched = map[int]bool{}, map[int]bool{}
 	// Backwards, so that what is in a directory comes before it.
 	for i := x.Len() - 1; i > 0; i-- {
 		if !x.IsDir(i) || slices.ContainsFunc(slices.Collect(x.Children(i)), func(j int) bool { return !gone[j] }) {
@@ -87,27 +136,22 @@ func dropUnchanged(upper string, x *index.Index, below index.Tree) (*index.Index
 		if e.Opaque || !ok || old.Type != index.Dir || old.ModTime != e.ModTime || !sameMeta(e, old) {
 			continue
 		}
-		err := unix.Rmdir(filepath.Join(upper, e.Path))
-		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
-			continue // a socket, which the index does not have
-		}
+		ok, err := remove(e.Path)
 		if err != nil {
-			return nil, &os.PathError{Op: "remove unchanged", Path: e.Path, Err: err}
+			return nil, nil, err
 		}
-		gone[i], touched[x.ParentPos(i)] = true, true
+		if ok {
+			gone[i], touched[x.ParentPos(i)] = true, true
+			delete(touched, i)
+		}
 	}
+	return gone, touched, nil
+}
+
+// without returns x without the entries of those numbers.
+func without(x *index.Index, gone map[int]bool) (*index.Index, error) {
 	if len(gone) == 0 {
 		return x, nil
-	}
-	for i := range touched {
-		if gone[i] {
-			continue
-		}
-		e := x.At(i)
-		mtime := unix.NsecToTimespec(e.ModTime)
-		if err := unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(upper, e.Path), []unix.Timespec{{Nsec: unix.UTIME_OMIT}, mtime}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			return nil, &os.PathError{Op: "utimensat", Path: e.Path, Err: err}
-		}
 	}
 	entries := make([]index.Entry, 0, x.Len())
 	for i := range x.Len() {
@@ -156,28 +200,48 @@ func (s *Store) commitTree(upper string, x *index.Index, size int64) (ID, error)
 	return m.ID, nil
 }
 
-// scanTree makes the index of a directory in overlayfs's form, and says what its files occupy on disk.
-func scanTree(ctx context.Context, dir string) (*index.Index, int64, error) {
-	sc := &treeScan{dir: dir, links: map[inode]int{}}
-	var st unix.Stat_t
-	if err := unix.Lstat(dir, &st); err != nil {
-		return nil, 0, &os.PathError{Op: "lstat", Path: dir, Err: err}
+// scanned is what a directory in overlayfs's form holds.
+type scanned struct {
+	index *index.Index
+	bytes int64 // what its files occupy on disk
+	// unindexed are the directories with something in them that no index has: a socket.
+	unindexed map[string]bool
+}
+
+// scanTree reads a directory in overlayfs's form.
+func scanTree(ctx context.Context, dir string) (*scanned, error) {
+	return (&treeScan{dir: dir}).scan(ctx)
+}
+
+// scanIndex is the index of scanTree.
+func scanIndex(ctx context.Context, dir string) (*index.Index, error) {
+	scan, err := scanTree(ctx, dir)
+	if err != nil {
+		return nil, err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil, 0, &os.PathError{Op: "index", Path: dir, Err: syscall.ENOTDIR}
-	}
-	if err := sc.entry("", &st); err != nil {
-		return nil, 0, err
+	return scan.index, nil
+}
+
+// scanSmallTree is scanTree without goroutines, whose start and end would take longer than to hash a small tree.
+func scanSmallTree(ctx context.Context, dir string) (*scanned, error) {
+	return (&treeScan{dir: dir, alone: true}).scan(ctx)
+}
+
+func (sc *treeScan) scan(ctx context.Context) (*scanned, error) {
+	sc.links, sc.unindexed = map[inode]int{}, map[string]bool{}
+	dir := sc.dir
+	if err := sc.takeRoot(); err != nil {
+		return nil, err
 	}
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, 0, &os.PathError{Op: "open", Path: dir, Err: err}
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if err := sc.startHashing(ctx); err != nil {
 		unix.Close(fd)
-		return nil, 0, err
+		return nil, err
 	}
 	err = sc.walk(ctx, "", os.NewFile(uintptr(fd), dir))
 	if err != nil {
@@ -187,7 +251,7 @@ func scanTree(ctx context.Context, dir string) (*index.Index, int64, error) {
 		err = herr
 	}
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	// The walk is in Compare order, so the first name of a hard link came first.
 	for i := range sc.entries {
@@ -196,7 +260,19 @@ func scanTree(ctx context.Context, dir string) (*index.Index, int64, error) {
 		}
 	}
 	x, err := index.NewChecked(sc.entries)
-	return x, sc.bytes, err
+	if err != nil {
+		return nil, err
+	}
+	return &scanned{index: x, bytes: sc.bytes, unindexed: sc.unindexed}, nil
+}
+
+// scanRoot returns the entry of the directory itself.
+func scanRoot(dir string) (index.Entry, error) {
+	sc := &treeScan{dir: dir}
+	if err := sc.takeRoot(); err != nil {
+		return index.Entry{}, err
+	}
+	return sc.entries[0], nil
 }
 
 type treeScan struct {
@@ -206,8 +282,12 @@ type treeScan struct {
 	first   map[int]int   // and for each later name, the number of that entry
 	bytes   int64
 
-	// The files are hashed while the walk goes on.
-	root    int // descriptor of dir
+	unindexed map[string]bool
+
+	// The files are hashed while the walk goes on, unless alone says that there is only one goroutine.
+	alone   bool
+	buf     []byte // for hashing alone
+	root    int    // descriptor of dir
 	jobs    chan *hashJob
 	files   []*hashJob
 	hashing sync.WaitGroup
@@ -250,13 +330,19 @@ func (sc *treeScan) walk(ctx context.Context, path string, dir *os.File) error {
 	return nil
 }
 
-func (sc *treeScan) entry(path string, st *unix.Stat_t) error {
-	full := filepath.Join(sc.dir, path)
-	return sc.take(path, st, func() (string, error) { return os.Readlink(full) },
-		func() (map[string]string, error) { return readXattrs(full) })
+// takeRoot takes the directory itself.
+func (sc *treeScan) takeRoot() error {
+	var st unix.Stat_t
+	if err := unix.Lstat(sc.dir, &st); err != nil {
+		return &os.PathError{Op: "lstat", Path: sc.dir, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return &os.PathError{Op: "index", Path: sc.dir, Err: syscall.ENOTDIR}
+	}
+	return sc.take("", &st, nil, func() (map[string]string, error) { return readXattrs(sc.dir) })
 }
 
-// entryAt is entry for a name in an open directory, however deep that is.
+// entryAt takes a name in an open directory, however deep that is.
 func (sc *treeScan) entryAt(dirfd int, name, path string, st *unix.Stat_t) error {
 	full := func() string { return "/proc/self/fd/" + strconv.Itoa(dirfd) + "/" + name }
 	return sc.take(path, st, func() (string, error) { return os.Readlink(full()) }, func() (map[string]string, error) {
@@ -298,7 +384,9 @@ func (sc *treeScan) take(path string, st *unix.Stat_t, readlink func() (string, 
 	case unix.S_IFIFO:
 		e.Type = index.Fifo
 	default:
-		return nil // a socket: meaningless without the process that made it
+		// A socket: meaningless without the process that made it.
+		sc.unindexed[index.Parent(path)] = true
+		return nil
 	}
 	own, err := xattrs()
 	if err != nil {
@@ -341,7 +429,11 @@ func (sc *treeScan) take(path string, st *unix.Stat_t, readlink func() (string, 
 	} else if e.Type == index.File {
 		j := &hashJob{entry: len(sc.entries), path: path, size: e.Size}
 		sc.files = append(sc.files, j)
-		sc.jobs <- j
+		if sc.alone {
+			j.sum, j.err = hashFile(sc.root, j.path, j.size, sc.buf)
+		} else {
+			sc.jobs <- j
+		}
 	}
 	sc.bytes += st.Blocks * 512
 	sc.entries = append(sc.entries, e)
@@ -412,13 +504,17 @@ type hashJob struct {
 	err   error
 }
 
-// startHashing hashes, on all cores, the files that are sent to sc.jobs, until that is closed.
+// startHashing hashes, on all cores, the files that are sent to sc.jobs, until that is closed; alone, it only gets ready.
 func (sc *treeScan) startHashing(ctx context.Context) error {
 	root, err := unix.Open(sc.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return &os.PathError{Op: "open", Path: sc.dir, Err: err}
 	}
 	sc.root = root
+	if sc.alone {
+		sc.buf = make([]byte, smallBytes)
+		return nil
+	}
 	sc.jobs = make(chan *hashJob, 256)
 	for range readAheadWorkers {
 		sc.hashing.Go(func() {
@@ -435,8 +531,10 @@ func (sc *treeScan) startHashing(ctx context.Context) error {
 
 // endHashing waits for the digests and puts them into the entries.
 func (sc *treeScan) endHashing() error {
-	close(sc.jobs)
-	sc.hashing.Wait()
+	if !sc.alone {
+		close(sc.jobs)
+		sc.hashing.Wait()
+	}
 	unix.Close(sc.root)
 	for _, j := range sc.files {
 		if j.err != nil {

@@ -40,7 +40,7 @@ func (s *Store) meta(id ID) (*meta, error) {
 	return s.load(id)
 }
 
-// DeleteUnused removes layers as Delete does, but for those that are being worked on (packed, mounted) and those of
+// DeleteUnused removes layers as Delete does, but for those that are being worked on (indexed, packed, mounted) and those of
 // which unused says no. unused is called with the store locked; if it says yes, the layer is not found any more when
 // the store is unlocked. It returns what was deleted.
 func (s *Store) DeleteUnused(ctx context.Context, ids []ID, unused func(ID) bool) (deleted []ID, err error) {
@@ -81,6 +81,7 @@ func (s *Store) vanish(id ID, unused func(ID) bool) (trash string, ok bool, err 
 	}
 	s.gone++
 	delete(s.held, id)
+	delete(s.indexing, id)
 	delete(s.metas, id)
 	mounted := s.mounts[id]
 	delete(s.mounts, id)

@@ -29,7 +29,7 @@ func (m *Mount) mountCopy(ctx context.Context, o MountOptions) error {
 	if err != nil {
 		return err
 	}
-	m.upper, m.below = dir, v
+	m.upper, m.below = dir, func() (*View, error) { return v, nil }
 	m.copy = filepath.Join(dir, "work", "root")
 	if err := m.s.fs.Mkdir(m.copy, 0o755); err != nil {
 		return err

@@ -32,13 +32,15 @@ type Layers interface {
 	NewUpper(context.Context) (dir string, err error)
 	// Unmount ends what Mount began.
 	Unmount(layer.ID)
-	CommitTreeOver(ctx context.Context, upper string, below index.Tree) (layer.ID, error)
+	CommitTreeOver(ctx context.Context, upper string, below layer.Below) (layer.ID, error)
 	// CopyTree makes the files of tree in an empty directory.
 	CopyTree(ctx context.Context, tree layer.Files, dir string) error
 	// IndexTree says what is in a directory.
 	IndexTree(ctx context.Context, dir string) (*index.Index, error)
 	// CopyEntries makes the entries of x, with the bytes of the files below from, in an empty directory.
 	CopyEntries(ctx context.Context, x *index.Index, from, dir string) error
+	// Root returns the entry of a layer's root directory, sooner than Index where the layer was just committed.
+	Root(context.Context, layer.ID) (index.Entry, error)
 }
 
 // View is what a snapshot shows when it is mounted, read without a mount. It implements layer.Files. It is

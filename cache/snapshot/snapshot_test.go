@@ -411,6 +411,40 @@ func checkCopiedUpDirectoryIsNoChange(t *testing.T, f *fixture) {
 }
 
 // A single layer's whiteouts and opaque marks must not be seen, though nothing is below them.
+// TestLargeSteps mounts what a step has left before it has an index, with the metadata of its root, and changes it.
+func TestLargeSteps(t *testing.T) {
+	f := newFixture(t)
+	var snap Snapshot
+	for n := range 3 {
+		snap = f.step(snap, func(root string) {
+			if n > 0 {
+				st, err := os.Stat(root)
+				ok(t, err)
+				if want := os.FileMode(0o700 + n); st.Mode().Perm() != want {
+					t.Errorf("step %d: the root has mode %o, want %o", n, st.Mode().Perm(), want)
+				}
+				ok(t, os.Remove(fmt.Sprintf("%s/d%d/f%d", root, n%3, n)))
+			}
+			for i := range 200 {
+				dir := filepath.Join(root, fmt.Sprintf("d%d", i%3))
+				ok(t, os.MkdirAll(dir, 0o755))
+				write(t, dir, fmt.Sprintf("f%d", i+100*n), fmt.Sprint(n))
+			}
+			ok(t, os.Chmod(root, os.FileMode(0o700+n+1)))
+		})
+		if len(snap) != n+1 {
+			t.Fatalf("%d layers after step %d", len(snap), n)
+		}
+	}
+	shown := f.same(snap)
+	if slices.ContainsFunc(shown, func(line string) bool { return strings.Contains(line, "/f1 ") }) {
+		t.Error("f1 is back")
+	}
+	if len(shown) < 400 {
+		t.Errorf("%d entries", len(shown))
+	}
+}
+
 func TestSingleLayerWithWhiteouts(t *testing.T) { drivers(t, checkSingleLayerWithWhiteouts) }
 
 func checkSingleLayerWithWhiteouts(t *testing.T, f *fixture) {

@@ -30,7 +30,7 @@ type Store struct {
 	fs     fsys.FS
 	probe  func() Info
 
-	teardowns sync.WaitGroup // the goroutines of Mount.teardown
+	teardowns sync.WaitGroup // the goroutines of mounts
 
 	mu     sync.Mutex
 	closed bool
@@ -162,8 +162,9 @@ type Mount struct {
 	snap  Snapshot
 	path  string
 	upper string     // as layers.NewUpper gave it; "" for a read-only overlay
-	below *View      // of snap; nil for a read-only overlay
 	lower []layer.ID // the layers that are mounted for it
+	// below is the view of snap, for Commit; nil for a read-only overlay. It is made while the mount is being used.
+	below func() (*View, error)
 
 	writable bool
 	copy     string       // where the files are, if they are a copy
@@ -246,6 +247,8 @@ func (m *Mount) mountOverlay(ctx context.Context, o MountOptions) error {
 		if err := m.copyRoot(ctx, ov.upper); err != nil {
 			return err
 		}
+		m.below = sync.OnceValues(func() (*View, error) { return m.s.View(context.WithoutCancel(ctx), m.snap) })
+		m.s.teardowns.Go(func() { _, _ = m.below() })
 	}
 	if len(ov.lowers) > maxLowers {
 		return fmt.Errorf("%d layers: overlay takes at most %d", len(ov.lowers), maxLowers)
@@ -266,15 +269,13 @@ func (m *Mount) mountOverlay(ctx context.Context, o MountOptions) error {
 // copyRoot gives the upper directory the mode, owner and time of the snapshot's root: the merged root directory
 // has them from the highest layer, and a step must not find another "/" than the step before has left.
 func (m *Mount) copyRoot(ctx context.Context, upper string) error {
-	v, err := m.s.View(ctx, m.snap)
-	if err != nil {
-		return err
+	root := index.Entry{Mode: 0o755}
+	if n := len(m.snap); n > 0 {
+		var err error
+		if root, err = m.s.layers.Root(ctx, m.snap[n-1]); err != nil {
+			return err
+		}
 	}
-	root, ok := v.Lookup("")
-	if !ok {
-		root = index.Entry{Mode: 0o755}
-	}
-	m.below = v
 	for name, value := range root.Xattrs {
 		if err := unix.Lsetxattr(upper, name, []byte(value), 0); err != nil {
 			return &os.PathError{Op: "set " + name + " of", Path: upper, Err: err}
@@ -335,7 +336,7 @@ func (m *Mount) Commit(ctx context.Context) (Snapshot, error) {
 		err = m.copyChanges(ctx)
 	}
 	if err == nil {
-		id, err = m.s.layers.CommitTreeOver(ctx, m.upper, m.below)
+		id, err = m.s.layers.CommitTreeOver(ctx, m.upper, func(context.Context) (index.Tree, error) { return m.below() })
 	}
 	if err == nil && id != "" && m.copy == "" {
 		m.s.setLeaving(id, m)

@@ -12,9 +12,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -170,30 +172,49 @@ func (w *worker) one(ctx context.Context, rnd *rand.Rand) error {
 	return nil
 }
 
-// commit is a step: a mount that is written to.
+// commit is a step: a mount that is written to. Every third is two steps, of which the second begins when the first may not
+// have an index yet.
 func (w *worker) commit(ctx context.Context, n int) error {
-	m, err := w.s.Snapshots.Mount(ctx, nil, snapshot.MountOptions{Writable: true})
-	if err != nil {
-		return err
-	}
-	defer m.Release()
-	for name, b := range files(n) {
-		path := filepath.Join(m.Path(), name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(path, b, 0o644); err != nil {
-			return err
+	steps := []map[string][]byte{files(n)}
+	if n%3 == 0 {
+		all := steps[0]
+		steps = []map[string][]byte{{}, {}}
+		for i, name := range slices.Sorted(maps.Keys(all)) {
+			steps[i%2][name] = all[name]
 		}
 	}
-	snap, err := m.Commit(ctx)
-	if err != nil {
-		return err
+	var snap snapshot.Snapshot
+	for _, files := range steps {
+		var err error
+		if snap, err = w.step(ctx, snap, files); err != nil {
+			return err
+		}
 	}
 	w.mu.Lock()
 	w.recent = append(w.recent, snap...)
 	w.mu.Unlock()
+	if err := w.s.Layers.Ensure(ctx, snap...); err != nil {
+		return err
+	}
 	return w.record(ctx, "step", n, snap)
+}
+
+func (w *worker) step(ctx context.Context, on snapshot.Snapshot, files map[string][]byte) (snapshot.Snapshot, error) {
+	m, err := w.s.Snapshots.Mount(ctx, on, snapshot.MountOptions{Writable: true})
+	if err != nil {
+		return nil, err
+	}
+	defer m.Release()
+	for name, b := range files {
+		path := filepath.Join(m.Path(), name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			return nil, err
+		}
+	}
+	return m.Commit(ctx)
 }
 
 func (w *worker) record(ctx context.Context, kind string, n int, snap snapshot.Snapshot) error {
