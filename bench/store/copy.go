@@ -13,7 +13,6 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
-	"time"
 
 	"github.com/moby/buildkit/client/llb"
 	"github.com/opencontainers/go-digest"
@@ -156,17 +155,13 @@ func (b *bench) floorCopy(rows ...string) error {
 	root := b.path("tree")
 	files := treeFiles(b.seed)
 	out := b.path("floor-copy")
-	start := time.Now()
-	var before [][]time.Duration
-	for _, row := range rows {
-		before = append(before, b.of(row).floor)
-	}
-	if err := readAndWrite(root, files, out); err != nil {
+	took, cpu, err := timed(func() error { return readAndWrite(root, files, out) })
+	if err != nil {
 		return err
 	}
-	took := time.Since(start)
-	for i, row := range rows {
-		b.of(row).floor = append(before[i], took)
+	for _, row := range rows {
+		s := b.of(row)
+		s.floor, s.floorCPU = append(s.floor, took), append(s.floorCPU, cpu)
 	}
 	return b.moveAway(out)
 }

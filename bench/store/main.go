@@ -131,23 +131,28 @@ func (b *bench) print(w io.Writer, loadBefore string) error {
 	fmt.Fprintf(w, "# The store's figures beside their floors\n\n")
 	fmt.Fprintf(w, "%s, %d processors, %s, seed %d, load average %s before and %s after.\n\n",
 		time.Now().UTC().Format("2006-01-02 15:04 UTC"), runtime.NumCPU(), runtime.Version(), b.seed, loadBefore, loadAverage())
-	fmt.Fprintf(w, "| what | ours min / median / max | floor median | ratio | goal | met | the floor's work |\n|---|---|---|---|---|---|---|\n")
+	fmt.Fprintf(w, "| what | ours min / median / max | floor median | ratio | CPU time, ours / floor | goal | met | the floor's work |\n|---|---|---|---|---|---|---|---|\n")
 	for _, r := range rows {
 		s := b.samples[r.key]
 		if s == nil {
 			continue
 		}
 		if s.skipped != "" {
-			fmt.Fprintf(w, "| %s | not measured: %s | | | %s | | %s |\n", r.what, s.skipped, r.goal, r.floor)
+			fmt.Fprintf(w, "| %s | not measured: %s | | | | %s | | %s |\n", r.what, s.skipped, r.goal, r.floor)
 			continue
 		}
-		slices.Sort(s.ours)
-		slices.Sort(s.floor)
+		for _, list := range [][]time.Duration{s.ours, s.floor, s.oursCPU, s.floorCPU} {
+			slices.Sort(list)
+		}
 		ours := median(s.ours)
 		floor, ratio := "–", "–"
 		if len(s.floor) > 0 {
 			floor = show(median(s.floor))
 			ratio = fmt.Sprintf("%.2f", float64(ours)/float64(median(s.floor)))
+		}
+		cpu := "–"
+		if ours, floor := median(s.oursCPU), median(s.floorCPU); ours >= 50*time.Millisecond && floor > 0 { // the kernel counts in ticks
+			cpu = fmt.Sprintf("%s / %s = %.2f", show(ours), show(floor), float64(ours)/float64(floor))
 		}
 		met := "–"
 		if r.met != nil {
@@ -156,8 +161,8 @@ func (b *bench) print(w io.Writer, loadBefore string) error {
 				met = "yes"
 			}
 		}
-		fmt.Fprintf(w, "| %s | %s / %s / %s | %s | %s | %s | %s | %s |\n", r.what,
-			show(s.ours[0]), show(ours), show(s.ours[len(s.ours)-1]), floor, ratio, r.goal, met, r.floor)
+		fmt.Fprintf(w, "| %s | %s / %s / %s | %s | %s | %s | %s | %s | %s |\n", r.what,
+			show(s.ours[0]), show(ours), show(s.ours[len(s.ours)-1]), floor, ratio, cpu, r.goal, met, r.floor)
 	}
 	fmt.Fprintf(w, "\nPage cache warm, as after a checkout. Both sides end with the data synced to disk where the floor's work says so; where it does not, neither side syncs.\n")
 	return nil

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -186,7 +187,7 @@ var commitGroup = group{
 			}
 			// A large tree gets its index after that; a record of it has to wait.
 			indexed := b.of(row + "-indexed")
-			indexed.floor = b.of(row).floor
+			indexed.floor = slices.Clone(b.of(row).floor)
 			start := time.Now()
 			if err := b.stack.layers.Ensure(ctx, after...); err != nil {
 				return err

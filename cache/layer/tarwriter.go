@@ -265,6 +265,23 @@ func (buf *tarBuf) pad(size int64) {
 	}
 }
 
+// Hashed is implemented by readers of files that may have been hashed before. Digest returns the digest of the whole file
+// if that is known and the file has certainly not been written to since: asked after reading, it is that of what was read,
+// and saves hashing it once more.
+type Hashed interface {
+	Digest() (digest.Digest, bool)
+}
+
+// knownDigest is what r knows about its file; "" if nothing.
+func knownDigest(r io.Reader) digest.Digest {
+	if h, ok := r.(Hashed); ok {
+		if d, ok := h.Digest(); ok {
+			return d
+		}
+	}
+	return ""
+}
+
 // readFile appends the bytes of an item, with padding, and returns their digest.
 func (buf *tarBuf) readFile(item *tarItem) (digest.Digest, error) {
 	r, err := item.open()
@@ -293,6 +310,10 @@ func (buf *tarBuf) readFile(item *tarItem) (digest.Digest, error) {
 		return "", ErrChanged
 	}
 	buf.b = buf.b[:at+size]
+	if sum := knownDigest(r); sum != "" {
+		buf.pad(int64(size))
+		return sum, nil
+	}
 	sum := sha256.Sum256(buf.b[at:])
 	buf.pad(int64(size))
 	return digest.NewDigestFromBytes(digest.SHA256, sum[:]), nil
@@ -363,6 +384,7 @@ func (s *sink) copyLarge(ctx context.Context, item *tarItem) error {
 	defer r.Close()
 	e := &item.entry
 	h := sha256.New()
+	known := knownDigest(r)
 	for rest := e.Size; ; {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -374,7 +396,9 @@ func (s *sink) copyLarge(ctx context.Context, item *tarItem) error {
 			return ErrChanged
 		}
 		buf.b = buf.b[:n]
-		h.Write(buf.b)
+		if known == "" {
+			h.Write(buf.b)
+		}
 		if err == io.EOF || err == io.ErrUnexpectedEOF {
 			if rest != 0 {
 				return ErrChanged
@@ -388,7 +412,12 @@ func (s *sink) copyLarge(ctx context.Context, item *tarItem) error {
 		}
 		s.put(buf)
 	}
-	sum := digest.NewDigest(digest.SHA256, h)
+	sum := known
+	if known == "" {
+		sum = digest.NewDigest(digest.SHA256, h)
+	} else if knownDigest(r) != known {
+		return ErrChanged // while it was being read, with nothing to show what was read
+	}
 	if e.Digest != "" && e.Digest != sum {
 		return ErrChanged
 	}

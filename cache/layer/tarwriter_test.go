@@ -172,3 +172,53 @@ func TestWriteTarNoticesChanges(t *testing.T) {
 		}
 	}
 }
+
+// knownReader is a file that says, as often as it is allowed to, that its digest is known.
+type knownReader struct {
+	io.Reader
+	sum   digest.Digest
+	times int
+}
+
+func (k *knownReader) Close() error { return nil }
+
+func (k *knownReader) Digest() (digest.Digest, bool) {
+	k.times--
+	return k.sum, k.times >= 0
+}
+
+// TestWriteTarTakesKnownDigests claims digests that no bytes have, so that it shows which ones are taken.
+func TestWriteTarTakesKnownDigests(t *testing.T) {
+	claimed := digest.FromString("not what is in it")
+	for _, c := range []struct {
+		name  string
+		size  int
+		times int
+		want  error
+	}{
+		{"small", 5000, 1, nil},
+		{"small, changed", 5000, 0, ErrChanged},
+		{"large", 3 * largeFile, 2, nil},
+		{"large, changed before", 3 * largeFile, 0, ErrChanged},
+		{"large, changed while it was read", 3 * largeFile, 1, ErrChanged},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			items := []tarItem{
+				{entry: index.Entry{Type: index.Dir, Mode: 0o755}},
+				{
+					entry: index.Entry{Path: "f", Type: index.File, Mode: 0o644, Size: int64(c.size), Digest: claimed},
+					open: func() (io.ReadCloser, error) {
+						return &knownReader{bytes.NewReader(make([]byte, c.size)), claimed, c.times}, nil
+					},
+				},
+			}
+			_, _, err := writeTar(t.Context(), fsys.OS, filepath.Join(t.TempDir(), "tar"), items, false)
+			if !errors.Is(err, c.want) {
+				t.Fatalf("%v, want %v", err, c.want)
+			}
+			if err == nil && items[1].entry.Digest != claimed {
+				t.Errorf("digest %s", items[1].entry.Digest)
+			}
+		})
+	}
+}

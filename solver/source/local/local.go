@@ -190,7 +190,7 @@ func (s *source) read(ctx context.Context, env *solver.Env, dir solver.LocalDir)
 	env.Progress.Status(status, now.bytes, 0, true)
 	if now.index.Len() > 1 {
 		// Also when it is held already: the directory at this path may be another one now.
-		if now.layer, err = s.deps.Layers.HoldIndex(now.layer, now.index, root.openFile); err != nil {
+		if now.layer, err = s.deps.Layers.HoldIndex(now.layer, now.index, root.opener(t)); err != nil {
 			return nil, err
 		}
 	}

@@ -540,7 +540,7 @@ func (w *worker) readFile(path string, n *node) error {
 	before := n.stat
 	for range 3 {
 		now := w.now()
-		d, size, err := w.digest(fd)
+		d, size, err := w.digest(fd, before.size)
 		if err != nil {
 			return &os.PathError{Op: "read", Path: w.root.abs(path), Err: err}
 		}
@@ -567,13 +567,14 @@ func (w *worker) readFile(path string, n *node) error {
 	return &ChangedError{path}
 }
 
-func (w *worker) digest(fd int) (digest.Digest, int64, error) {
+// digest hashes a file to its end, or as far as expected: the caller sees by its stat whether that is the end.
+func (w *worker) digest(fd int, expected int64) (digest.Digest, int64, error) {
 	if w.hash == nil {
 		w.hash = sha256.New()
 	}
 	w.hash.Reset()
 	var size int64
-	for {
+	for size < expected || expected == 0 {
 		n, err := unix.Read(fd, w.buf)
 		if err == unix.EINTR {
 			continue
@@ -678,6 +679,7 @@ func sized(b []byte, read func([]byte) (int, error)) ([]byte, error) {
 type root struct {
 	path string
 	dir  *os.File
+	fd   int // of dir: to ask dir for it is a system call
 }
 
 func openRoot(path string) (*root, error) {
@@ -685,7 +687,7 @@ func openRoot(path string) (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &root{path, d}, nil
+	return &root{path, d, int(d.Fd())}, nil
 }
 
 func (r *root) abs(path string) string { return filepath.Join(r.path, path) }
@@ -699,7 +701,7 @@ func (r *root) open(path string, flags uint64) (int, error) {
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
 	}
 	for {
-		fd, err := unix.Openat2(int(r.dir.Fd()), path, &how)
+		fd, err := unix.Openat2(r.fd, path, &how)
 		runtime.KeepAlive(r)
 		switch err {
 		case nil:
@@ -711,20 +713,24 @@ func (r *root) open(path string, flags uint64) (int, error) {
 	}
 }
 
-// openFile opens a file for those who read the layer.
-func (r *root) openFile(path string) (io.ReadCloser, error) {
-	fd, err := r.open(path, unix.O_NONBLOCK)
-	if err != nil {
-		return nil, err
+// opener returns a function that opens files for those who read the layer that t makes.
+func (r *root) opener(t *tree) func(path string) (io.ReadCloser, error) {
+	return func(path string) (io.ReadCloser, error) {
+		fd, err := r.open(path, unix.O_NONBLOCK)
+		if err != nil {
+			return nil, err
+		}
+		return &file{fd: fd, root: r, path: path, node: t.lookup(path)}, nil
 	}
-	return &file{fd, r, path}, nil
 }
 
-// file is a regular file that is read from start to end. An os.File would try to have it polled first.
+// file is a regular file that is read from start to end. An os.File would try to have it polled first. It implements
+// layer.Hashed.
 type file struct {
 	fd   int
 	root *root
 	path string
+	node *node // what the scan has found there
 }
 
 func (f *file) Read(b []byte) (int, error) {
@@ -740,6 +746,18 @@ func (f *file) Read(b []byte) (int, error) {
 		}
 		return n, nil
 	}
+}
+
+// Digest returns the digest of the file's bytes if its stat is that of the scan, and was old enough then to tell.
+func (f *file) Digest() (digest.Digest, bool) {
+	if f.node == nil || f.node.typ != index.File || !f.node.sure {
+		return "", false
+	}
+	var st unix.Stat_t
+	if unix.Fstat(f.fd, &st) != nil || statOf(&st) != f.node.stat {
+		return "", false
+	}
+	return f.node.digest, true
 }
 
 func (f *file) Close() error { return unix.Close(f.fd) }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	iofs "io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -19,11 +20,13 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
 	"github.com/tonistiigi/fsutil"
 	"github.com/tonistiigi/fsutil/types"
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/solver"
 )
 
@@ -392,14 +395,76 @@ func TestScanErrors(t *testing.T) {
 	if _, _, err := s.run(ctx, nil, nil); !errors.Is(err, stop) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := r.openFile("../" + filepath.Base(dir) + "/f"); err == nil {
+	if _, err := r.opener(nil)("../" + filepath.Base(dir) + "/f"); err == nil {
 		t.Error("a path may leave the directory")
 	}
 	if err := os.Symlink("f", filepath.Join(dir, "l")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.openFile("l"); err == nil {
+	if _, err := r.opener(nil)("l"); err == nil {
 		t.Error("a symlink was followed")
+	}
+}
+
+// TestKnownDigest reads files of a scanned directory: those that have not been touched since need not be hashed again.
+func TestKnownDigest(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"same", "d/deep", "written", "appended", "replaced", "touched", "chmod"} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte("as it was"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		past := time.Unix(1700000000, 0)
+		if err := os.Chtimes(path, past, past); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, err := openRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	scanned := scanDir(t, dir, patterns{}, later, nil).tree
+	young := scanDir(t, dir, patterns{}, time.Now, nil).tree
+	digestOf := func(tr *tree, path string) (digest.Digest, bool) {
+		t.Helper()
+		f, err := r.opener(tr)(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := io.Copy(io.Discard, f); err != nil {
+			t.Fatal(err)
+		}
+		return f.(layer.Hashed).Digest()
+	}
+	for _, err := range []error{
+		os.WriteFile(dir+"/written", []byte("AS IT WAS"), 0o644),
+		os.WriteFile(dir+"/appended", []byte("as it was, and more"), 0o644),
+		os.Rename(dir+"/written", dir+"/replaced"),
+		os.WriteFile(dir+"/written", []byte("as it WAS"), 0o644),
+		os.Chtimes(dir+"/touched", time.Now(), time.Now()),
+		os.Chmod(dir+"/chmod", 0o600),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := digest.FromString("as it was")
+	for path, known := range map[string]bool{
+		"same": true, "d/deep": true, "written": false, "appended": false, "replaced": false, "touched": false, "chmod": false,
+	} {
+		if got, ok := digestOf(scanned, path); ok != known || ok && got != want {
+			t.Errorf("%s: %q, %v", path, got, ok)
+		}
+		if got, ok := digestOf(young, path); ok {
+			t.Errorf("%s, scanned right after it was written: %q", path, got)
+		}
+		if got, ok := digestOf(nil, path); ok {
+			t.Errorf("%s, never scanned: %q", path, got)
+		}
 	}
 }
 

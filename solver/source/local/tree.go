@@ -70,6 +70,18 @@ func (t *tree) find(name string) *node {
 	return nil
 }
 
+// lookup returns the node at path, nil when there is none.
+func (t *tree) lookup(path string) *node {
+	for {
+		name, rest, more := strings.Cut(path, "/")
+		n := t.find(name)
+		if n == nil || !more {
+			return n
+		}
+		t, path = n.below, rest
+	}
+}
+
 // sameEntries says whether two directories make the same entries of a layer, apart from what is in the directories
 // below them.
 func sameEntries(a, b []node) bool {
