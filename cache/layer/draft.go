@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/seed-68981b69/slipway/cache/fsys"
 	"github.com/seed-68981b69/slipway/cache/index"
 )
 
@@ -487,10 +488,14 @@ func (s *Store) commitTar(ctx context.Context, id ID, items []tarItem, writeRoot
 		}
 	}()
 	m := &meta{ID: id, Tar: true}
-	m.TarSize, m.DiffID, err = writeTar(ctx, s.fs, tmp+"/"+tarFile, items, writeRoot)
+	var f fsys.File
+	f, m.TarSize, m.DiffID, err = createTar(ctx, s.fs, tmp+"/"+tarFile, items, writeRoot)
 	if err != nil {
 		return "", err
 	}
+	// While that is brought to the disk, which is the disk's work, the rest is made, which is the processor's.
+	synced := make(chan error, 1)
+	go func() { synced <- syncAll(f) }()
 	if m.ID == "" {
 		m.ID = ID("d" + m.DiffID.Encoded())
 	}
@@ -498,44 +503,55 @@ func (s *Store) commitTar(ctx context.Context, id ID, items []tarItem, writeRoot
 		m.Below = map[string]string{belowKey(belowStat, ""): ""}
 	}
 	x, err := indexOf(items)
-	if err != nil {
-		return "", err
+	if err == nil {
+		err = s.finishTar(tmp, m, x)
 	}
-	if err := s.finishTar(tmp, m, x); err != nil {
+	if err := errors.Join(<-synced, err); err != nil {
 		return "", err
 	}
 	s.add(m.Size)
 	return m.ID, s.install(tmp, m, x, true)
 }
 
-// finishTar writes what stands beside a finished layer.tar in tmp: the index, the EROFS image and the info.
+// finishTar writes what stands beside a finished layer.tar in tmp, synced: the index, the EROFS image and the info.
 func (s *Store) finishTar(tmp string, m *meta, x *index.Index) error {
+	files, err := s.writeBeside(tmp, m, x)
+	return errors.Join(err, syncAll(files...))
+}
+
+// writeBeside is finishTar without the sync. It returns the open files, after an error too.
+func (s *Store) writeBeside(tmp string, m *meta, x *index.Index) (files []fsys.File, err error) {
+	write := func(name string, b []byte) error {
+		f, err := s.fs.OpenFile(tmp+"/"+name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		files = append(files, f)
+		_, err = f.Write(b)
+		return err
+	}
 	m.Content = x.Digest()
-	// Synced together, they cost about one commit of the file system's journal.
-	steps := []func() error{
-		func() error { return s.writeFile(tmp+"/"+indexFile, x.Encode(), true) },
+	if err := write(indexFile, x.Encode()); err != nil {
+		return files, err
 	}
 	if !s.opt.NoEROFS && !m.Tree {
 		img, err := encodeEROFS(x, m.TarSize)
 		var no *errNoEROFS
 		if err != nil && !errors.As(err, &no) {
-			return err
+			return files, err
 		}
 		if err == nil {
-			steps = append(steps, func() error { return s.writeFile(tmp+"/"+erofsFile, img, true) })
+			if err := write(erofsFile, img); err != nil {
+				return files, err
+			}
 		}
 	}
-	errs := make([]error, len(steps))
-	var wg sync.WaitGroup
-	for i, step := range steps {
-		wg.Go(func() { errs[i] = step() })
-	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
 	m.Size += diskUsage(tmp)
-	return s.writeMeta(tmp+"/"+infoFile, m, true)
+	info, err := encodeMeta(m)
+	if err != nil {
+		return files, err
+	}
+	return files, write(infoFile, info)
 }
 
 // heldLayer is a layer that is only in memory, until someone needs it on disk.

@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -41,14 +42,22 @@ const (
 // readAheadWorkers is how many goroutines read and hash files.
 var readAheadWorkers = max(2, runtime.GOMAXPROCS(0))
 
-// writeTar writes items, which are in Compare order, to path and syncs it. It sets Offset and Digest of their
-// entries (a Digest already there is verified), and truncates times as the tar does.
+// writeTar is createTar with the file synced.
 func writeTar(ctx context.Context, fs fsys.FS, path string, items []tarItem, writeRoot bool) (size int64, diffID digest.Digest, err error) {
-	f, err := fs.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, size, diffID, err := createTar(ctx, fs, path, items, writeRoot)
 	if err != nil {
 		return 0, "", err
 	}
-	defer f.Close()
+	return size, diffID, syncAll(f)
+}
+
+// createTar writes items, which are in Compare order, to path and returns the file, which is open and not synced. It sets
+// Offset and Digest of their entries (a Digest already there is verified), and truncates times as the tar does.
+func createTar(ctx context.Context, fs fsys.FS, path string, items []tarItem, writeRoot bool) (_ fsys.File, size int64, diffID digest.Digest, err error) {
+	f, err := fs.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, 0, "", err
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	out := newSink(f, cancel)
 	err = writeItems(ctx, out, items, writeRoot)
@@ -58,12 +67,26 @@ func writeTar(ctx context.Context, fs fsys.FS, path string, items []tarItem, wri
 		err = serr
 	}
 	if err != nil {
-		return 0, "", err
+		f.Close()
+		return nil, 0, "", err
 	}
-	if err := f.Sync(); err != nil {
-		return 0, "", err
+	return f, size, diffID, nil
+}
+
+// syncAll makes files durable, all at once, so that they share the commits of the file system's journal, and closes them.
+func syncAll(files ...fsys.File) error {
+	errs := make([]error, len(files))
+	var wg sync.WaitGroup
+	for i, f := range files {
+		wg.Go(func() {
+			errs[i] = f.Sync()
+			if err := f.Close(); errs[i] == nil {
+				errs[i] = err
+			}
+		})
 	}
-	return size, diffID, f.Close()
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 func writeItems(ctx context.Context, out *sink, items []tarItem, writeRoot bool) error {
