@@ -35,14 +35,20 @@ func Merge(layers ...*Index) *View {
 
 // Lookup returns the visible entry at path.
 func (v *View) Lookup(path string) (Entry, bool) {
+	e, _, ok := v.Find(path)
+	return e, ok
+}
+
+// Find is Lookup and Layer in one. The layer of an empty view's root is -1.
+func (v *View) Find(path string) (e Entry, layer int, ok bool) {
 	layer, i, ok := v.find(path)
-	if !ok {
-		if path == "" {
-			return Entry{Type: Dir, Mode: 0o755, Offset: -1}, true
-		}
-		return Entry{}, false
+	switch {
+	case ok:
+		return v.clean(layer, v.layers[layer].At(i)), layer, true
+	case path == "":
+		return Entry{Type: Dir, Mode: 0o755, Offset: -1}, layer, true
 	}
-	return v.clean(layer, v.layers[layer].At(i)), true
+	return Entry{}, layer, false
 }
 
 // Layer returns which layer the visible entry at path comes from: for a directory that several layers have, the

@@ -67,14 +67,13 @@ func (s *Store) View(ctx context.Context, snap Snapshot) (*View, error) {
 // OpenFile opens the regular file at path, a clean path whose symlinks are not followed. Errors wrap
 // fs.ErrNotExist or fs.ErrInvalid (it is something else).
 func (v *View) OpenFile(ctx context.Context, path string) (io.ReadCloser, error) {
-	e, ok := v.Lookup(path)
+	e, i, ok := v.Find(path)
 	if !ok {
 		return nil, &fs.PathError{Op: "open", Path: "/" + path, Err: fs.ErrNotExist}
 	}
 	if e.Type != index.File {
 		return nil, &fs.PathError{Op: "open", Path: "/" + path, Err: fmt.Errorf("not a regular file: %w", fs.ErrInvalid)}
 	}
-	i, _ := v.Layer(path)
 	return v.layers.OpenFile(ctx, v.snap[i], path)
 }
 
