@@ -79,7 +79,7 @@ func openTest(t *testing.T) *testEngine {
 
 func openAt(t *testing.T, root string) *testEngine {
 	t.Helper()
-	return openWith(t, Options{Root: root})
+	return openWith(t, Options{Root: root, OwnerEntitled: true})
 }
 
 func openWith(t *testing.T, options Options) *testEngine {
