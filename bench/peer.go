@@ -52,6 +52,15 @@ type runner interface {
 type build struct {
 	dir, tag string
 	noCache  bool
+	// output is what is made instead of an image in the local store, in the words that slipway and BuildKit share: "type=oci,…". Only an
+	// archiver knows it.
+	output string
+}
+
+// archiver is a builder that can make archives.
+type archiver interface {
+	builder
+	archives()
 }
 
 // allPeers are all there are. Slipway is always there and first.

@@ -60,10 +60,17 @@ type buildkitBuilds struct {
 	daemon *daemon
 }
 
+func (k *buildkit) archives() {}
+
 func (o *buildkitBuilds) build(b build) *exec.Cmd {
 	args := []string{
 		"--addr", "unix://" + o.socket, "build", "--progress", "plain", "--frontend", "dockerfile.v0",
-		"--local", "context=" + b.dir, "--local", "dockerfile=" + b.dir, "--output", "type=image,name=" + b.tag,
+		"--local", "context=" + b.dir, "--local", "dockerfile=" + b.dir,
+	}
+	if b.output != "" {
+		args = append(args, "--output", b.output)
+	} else {
+		args = append(args, "--output", "type=image,name="+b.tag)
 	}
 	if b.noCache {
 		args = append(args, "--no-cache")

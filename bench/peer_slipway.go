@@ -70,8 +70,15 @@ func (o *slipwayBuilds) command(args ...string) *exec.Cmd {
 	return exec.Command(o.path, append([]string{"--host", "unix://" + o.socket}, args...)...)
 }
 
+func (s *slipway) archives() {}
+
 func (o *slipwayBuilds) build(b build) *exec.Cmd {
-	args := []string{"build", "--progress", "plain", "-t", b.tag}
+	args := []string{"build", "--progress", "plain"}
+	if b.output != "" {
+		args = append(args, "-o", b.output)
+	} else {
+		args = append(args, "-t", b.tag)
+	}
 	if b.noCache {
 		args = append(args, "--no-cache")
 	}

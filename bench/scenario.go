@@ -50,6 +50,7 @@ type contestant struct {
 // scenarios are all there are, in the order of the page.
 var scenarios = []*scenario{
 	noopSmall, noop50k, contextCold, contextOneChange, chain60, fanout8, runTrue, cliStart, daemonStart,
+	exportPlain, exportGzip, exportZstd, exportAgain,
 }
 
 func names() []string {

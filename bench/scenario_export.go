@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/seed-68981b69/slipway/cache/compress"
+)
+
+const exportAbout = "An OCI archive of an image of 50,000 files (500 MB), whose build has nothing left to do"
+
+var exportPlain = &scenario{
+	name:       "export-plain",
+	about:      exportAbout + ", uncompressed.",
+	floorAbout: "the archive's bytes copied to another file",
+	goal:       6,
+	prepare:    prepareExport,
+	floor:      func(_ context.Context, b *bench) error { return b.copyArchive("uncompressed", nil) },
+	contestant: exporting("uncompressed", true),
+}
+
+var exportGzip = &scenario{
+	name:       "export-gzip",
+	about:      exportAbout + ", gzip at the usual level; the layer has changed and is compressed.",
+	floorAbout: "the uncompressed archive through our gzip on all processors, into a file",
+	goal:       5,
+	prepare:    prepareExport,
+	round:      func(b *bench, n int) error { return b.changeOne(n) },
+	floor: func(ctx context.Context, b *bench) error {
+		return b.copyArchive("uncompressed", func(w io.Writer, r io.Reader) error { return compress.WriteGzip(ctx, w, r, runtime.GOMAXPROCS(0)) })
+	},
+	contestant: exporting("gzip", false),
+}
+
+var exportZstd = &scenario{
+	name:       "export-zstd",
+	about:      exportAbout + ", zstd at the usual level; the layer has changed and is compressed.",
+	floorAbout: "the uncompressed archive through our zstd on all processors, into a file",
+	goal:       2.5,
+	prepare:    prepareExport,
+	round:      func(b *bench, n int) error { return b.changeOne(n) },
+	floor: func(ctx context.Context, b *bench) error {
+		return b.copyArchive("uncompressed", func(w io.Writer, r io.Reader) error { return compress.WriteZstd(ctx, w, r, runtime.GOMAXPROCS(0)) })
+	},
+	contestant: exporting("zstd", false),
+}
+
+var exportAgain = &scenario{
+	name:       "export-again",
+	about:      exportAbout + ", gzip, made before: nothing has changed.",
+	floorAbout: "the compressed archive's bytes copied to another file",
+	prepare:    prepareExport,
+	floor:      func(_ context.Context, b *bench) error { return b.copyArchive("gzip", nil) },
+	contestant: exporting("gzip", true),
+}
+
+func prepareExport(ctx context.Context, b *bench) error { return noop50k.prepare(ctx, b) }
+
+// archive is where a program's archives go; slipway's are what the floors copy.
+func (b *bench) archive(who, compression string) string {
+	return filepath.Join(b.dir, "export-"+who+"-"+compression+".tar")
+}
+
+// exporting makes a builder ready for one kind of archive. The image is in its cache before the clock starts; with warm the archive has been
+// made before, too.
+func exporting(compression string, warm bool) func(context.Context, *bench, peer) (*contestant, error) {
+	return func(ctx context.Context, bn *bench, p peer) (*contestant, error) {
+		bp, ok := p.(archiver)
+		if !ok {
+			return nil, nil
+		}
+		o, err := bp.open(ctx, bn.stateDir(p.name()), 0)
+		if err != nil {
+			return nil, err
+		}
+		made := func(compression string) build {
+			return build{dir: bn.big, output: "type=oci,dest=" + bn.archive(p.name(), compression) + ",compression=" + compression}
+		}
+		c := &contestant{
+			name:    p.name(),
+			before:  func(ctx context.Context) error { return runQuietly(ctx, o.build(build{dir: bn.big, tag: "bench"})) },
+			run:     func(_ context.Context, c *calls) error { return c.do(o.build(made(compression))) },
+			daemons: o.daemons,
+			close:   o.close,
+		}
+		if warm {
+			err = runQuietly(ctx, o.build(made(compression)))
+		}
+		if _, ours := p.(*slipway); ours && err == nil { // for the floors
+			err = runQuietly(ctx, o.build(made("uncompressed")))
+		}
+		if err != nil {
+			return nil, errors.Join(err, o.close())
+		}
+		return c, nil
+	}
+}
+
+// copyArchive copies slipway's archive, through a compressor if there is one.
+func (b *bench) copyArchive(compression string, through func(io.Writer, io.Reader) error) error {
+	in, err := os.Open(b.archive("slipway", compression))
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	to := filepath.Join(b.dir, "floor")
+	out, err := os.Create(to)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	if through != nil {
+		err = through(out, in)
+	} else {
+		_, err = io.Copy(out, in)
+	}
+	if err != nil {
+		return err
+	}
+	return b.moveAway(to)
+}
