@@ -90,7 +90,7 @@ func TestInputIsMadeFromTheSeed(t *testing.T) {
 		_, _ = b.random("x").Read(buf)
 		return string(buf)
 	}
-	if read(1) != read(1) || read(1) == read(2) {
+	if one, again := read(1), read(1); one != again || one == read(2) {
 		t.Error("a seed does not determine the bytes")
 	}
 }

@@ -202,7 +202,8 @@ func TestPolicies(t *testing.T) {
 		var want []cache.Policy
 		for _, r := range rules {
 			if r.ReservedSpace == (upstream.DiskSpace{}) {
-				r.ReservedSpace = r.KeepBytes //nolint:staticcheck // what BuildKit does
+				//lint:ignore SA1019 what BuildKit does
+				r.ReservedSpace = r.KeepBytes
 			}
 			want = append(want, cache.Policy{
 				All: r.All, Filters: r.Filters, KeepDuration: r.KeepDuration.Duration,
