@@ -377,3 +377,31 @@ func FuzzDecodeRecord(f *testing.F) {
 		}
 	})
 }
+
+// TestCloseWithoutDirectory: Badger alone would try for ever, and the engine with it.
+func TestCloseWithoutDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "records")
+	s, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.closePatience = 100 * time.Millisecond
+	if err := s.PutValue("bucket", "key", []byte("value")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("Close: %v", err)
+	}
+	// With its directory it ends after all, in the background.
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.closed:
+	case <-time.After(20 * time.Second):
+		t.Error("the database is still open")
+	}
+}

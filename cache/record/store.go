@@ -64,6 +64,9 @@ type Store struct {
 	bootID string
 	now    func() time.Time
 	used   func(key string) // see OnUse
+	// closePatience is how long Close waits for a database that cannot be written to.
+	closePatience time.Duration
+	closed        chan error // by Close
 
 	mu  sync.Mutex // held by every write: read-modify-write of a record, and the order of puts and Sync
 	put uint64     // number of the last Put, unique within this boot: see nextPut
@@ -120,7 +123,7 @@ func OpenWith(dir string, opt Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open record database %s: %w", dir, err)
 	}
-	s := &Store{db: db, dir: dir, log: log, fs: opt.FS, bootID: bootID, now: time.Now, syncDir: map[string]*os.File{}}
+	s := &Store{db: db, dir: dir, log: log, fs: opt.FS, bootID: bootID, now: time.Now, syncDir: map[string]*os.File{}, closePatience: 10 * time.Second}
 	// Two engines of one boot must not give two Puts the same number; the clock cannot stand still between them.
 	s.put = uint64(time.Now().UnixNano())
 	if aside == "" {
@@ -222,7 +225,7 @@ func readBootID() (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
-// Close closes the database. The store must not be used any more.
+// Close closes the database. The store must not be used any more, whatever Close returns. A database that cannot be written to is an error after ten seconds.
 func (s *Store) Close() error {
 	s.syncMu.Lock()
 	for _, f := range s.syncDir {
@@ -230,10 +233,19 @@ func (s *Store) Close() error {
 	}
 	s.syncDir = nil
 	s.syncMu.Unlock()
-	if err := s.db.Close(); err != nil {
-		return fmt.Errorf("close record database: %w", err)
+	// Badger tries without end to write what it has in memory to a table, on a full disk for instance, or when somebody has deleted
+	// the directory. It need not succeed: the same is in its log, from which the next Open takes it.
+	s.closed = make(chan error, 1)
+	go func() { s.closed <- s.db.Close() }()
+	select {
+	case err := <-s.closed:
+		if err != nil {
+			return fmt.Errorf("close record database: %w", err)
+		}
+		return nil
+	case <-time.After(s.closePatience):
+		return fmt.Errorf("close record database %s: it cannot be written to, see that the disk has room; nothing is lost, the next start reads its log", s.dir)
 	}
-	return nil
 }
 
 // Get returns the record of key. An unreadable record and one that does not count any more (not durable, of

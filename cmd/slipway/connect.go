@@ -37,7 +37,6 @@ type app struct {
 	jobs      int
 	maxMemory memorySize
 	tls       tlsFiles
-	rootGiven bool   // root is not the default
 	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
 
 	program string // the name in front of messages

@@ -144,8 +144,24 @@ func setUpScript(_ *testing.T, env *testscript.Env, bases string) error {
 			env.Setenv(name, value)
 		}
 	}
-	env.Defer(func() { stopAndCheck(tb, root) })
+	env.Defer(func() {
+		for _, dir := range append(rootsBelow(env.WorkDir), root) {
+			stopAndCheck(tb, dir)
+		}
+	})
 	return nil
+}
+
+// rootsBelow lists the state directories that a script has made besides its first one, whose engines a failed script leaves running.
+func rootsBelow(dir string) []string {
+	locks, _ := filepath.Glob(filepath.Join(dir, "*", "lock"))
+	var roots []string
+	for _, lock := range locks {
+		if root := filepath.Dir(lock); filepath.Base(root) != "root" {
+			roots = append(roots, root)
+		}
+	}
+	return roots
 }
 
 // stopAndCheck stops the engine of root and fails the test when something of it is left.
