@@ -3,7 +3,6 @@
 package index
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -13,21 +12,28 @@ import (
 	"strings"
 	"unsafe"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/opencontainers/go-digest"
 )
 
-// The file: magic, number of entries, the entries in Compare order, SHA-256 of all that. Numbers are varints of the
+// The file: magic, number of entries, the entries in Compare order, XXH64 of all that (little-endian), which
+// is there to find damage. Numbers are varints of the
 // shortest form, strings have their length in front. An entry is, in this order,
 //
 //	path
 //	content:  type, a byte of flags, mode, UID, GID, size, then what the flags say
 //	marks:    a byte of flags, and the path that a hard link points to
-//	modification time
+//	modification time: 8 bytes, little-endian, of which none is worth leaving out
 //	offset + 1; 0 for none
 //
 // so that what counts for a Merkle digest (content) and for the digest of a layer (all but the last two) stand in one
 // piece. There is one way to write an index: whatever else is refused.
-const magic = "slipway index 2\n"
+const magic = "slipway index 3\n"
+
+const (
+	sumBytes     = 8
+	modTimeBytes = 8
+)
 
 // The flags in the content.
 const (
@@ -53,12 +59,11 @@ var ErrCorrupt = errors.New("layer index is corrupt")
 
 // Encode returns the index as bytes for a file. Equal indexes give equal bytes.
 func (x *Index) Encode() []byte {
-	buf := make([]byte, 0, len(magic)+binary.MaxVarintLen64+len(x.data)+sha256.Size)
+	buf := make([]byte, 0, len(magic)+binary.MaxVarintLen64+len(x.data)+sumBytes)
 	buf = append(buf, magic...)
 	buf = binary.AppendUvarint(buf, uint64(len(x.nodes)))
 	buf = append(buf, x.data...)
-	sum := sha256.Sum256(buf)
-	return append(buf, sum[:]...)
+	return binary.LittleEndian.AppendUint64(buf, xxhash.Sum64(buf))
 }
 
 func appendEntry(buf []byte, e *Entry) []byte {
@@ -75,7 +80,7 @@ func appendEntry(buf []byte, e *Entry) []byte {
 	if e.HardLink != "" {
 		buf = appendString(buf, e.HardLink)
 	}
-	buf = binary.AppendVarint(buf, e.ModTime)
+	buf = binary.LittleEndian.AppendUint64(buf, uint64(e.ModTime))
 	return binary.AppendUvarint(buf, uint64(max(e.Offset, -1)+1))
 }
 
@@ -174,29 +179,24 @@ var hexValues = func() (values [256]byte) {
 // made yet. Errors wrap ErrCorrupt; whatever the bytes, it neither panics nor allocates more than a small multiple of
 // their number.
 func Decode(b []byte) (*Index, error) {
-	if len(b) < len(magic)+sha256.Size || string(b[:len(magic)]) != magic {
+	if len(b) < len(magic)+sumBytes || string(b[:len(magic)]) != magic {
 		return nil, fmt.Errorf("%w: no index or not of this version", ErrCorrupt)
 	}
-	body, trailer := b[:len(b)-sha256.Size], b[len(b)-sha256.Size:]
-	sums := make(chan bool, 1)
-	go func() {
-		sum := sha256.Sum256(body)
-		sums <- bytes.Equal(sum[:], trailer)
-	}()
+	body, trailer := b[:len(b)-sumBytes], b[len(b)-sumBytes:]
+	if binary.LittleEndian.Uint64(trailer) != xxhash.Sum64(body) {
+		return nil, fmt.Errorf("%w: checksum does not match", ErrCorrupt)
+	}
 	// All names are parts of this string.
 	entries := body[len(magic):]
 	x, err := decodeBody(unsafe.String(unsafe.SliceData(entries), len(entries)))
-	switch {
-	case !<-sums:
-		return nil, fmt.Errorf("%w: checksum does not match", ErrCorrupt)
-	case err != nil:
+	if err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrCorrupt, err)
 	}
 	return x, nil
 }
 
 func decodeBody(s string) (*Index, error) {
-	const smallest = 9 // bytes an entry takes at least
+	const smallest = 16 // bytes an entry takes at least
 	r := reader{s: s}
 	n := r.uvarint()
 	if r.bad || n > uint64(len(s)/smallest) {
@@ -214,6 +214,8 @@ func scan(data string, n int) (*Index, error) {
 		return nil, errors.New("there is no root")
 	}
 	x := &Index{data: data, nodes: make([]node, n), paths: newHashTable(n)}
+	hashed := x.hashPaths()
+	defer hashed.end()
 	// open are the directories that the entry at hand may be in, from the root; last is the name of the last entry of
 	// each so far.
 	type openDir struct {
@@ -224,6 +226,7 @@ func scan(data string, n int) (*Index, error) {
 	dirs := int32(0)
 	r := reader{s: data}
 	for i := range n {
+		hashed.until(i)
 		x.nodes[i].off = uint32(r.i)
 		path, typ, opaque, err := r.check()
 		if err != nil {
@@ -264,12 +267,12 @@ func scan(data string, n int) (*Index, error) {
 		if typ == Dir {
 			node.dir = dirs
 			dirs++
-			node.shadow = node.shadow || opaque
+			node.opaque, node.shadow = opaque, node.shadow || opaque
 			open = append(open, openDir{pos: int32(i), path: path})
 		}
 		x.unhashed = x.unhashed || typ == File && !r.hashed
-		x.paths.put(hashPath(path), i, typ == Dir && !opaque)
 	}
+	hashed.until(n)
 	for _, d := range open {
 		x.nodes[d.pos].end = int32(n)
 	}
@@ -472,7 +475,7 @@ func (r *reader) check() (path string, typ Type, opaque bool, err error) {
 			return path, typ, false, fmt.Errorf("%q: hard link to %q", path, link)
 		}
 	}
-	r.uvarint() // modification time
+	r.bytes(modTimeBytes)
 	if r.uvarint() > 1<<63 {
 		r.bad = true
 	}
@@ -526,8 +529,7 @@ func (r reader) entry(e *Entry) {
 	if marks&isHardLink != 0 {
 		e.HardLink = r.string()
 	}
-	zigzag := r.uvarint()
-	e.ModTime = int64(zigzag>>1) ^ -int64(zigzag&1)
+	e.ModTime = int64(binary.LittleEndian.Uint64([]byte(r.bytes(modTimeBytes))))
 	e.Offset = int64(r.uvarint()) - 1
 }
 

@@ -25,7 +25,9 @@ import (
 type Index struct {
 	data  string // the entries, encoded
 	nodes []node // one for each
-	paths hashTable
+	paths hashTable // when hashing is done
+	// hashing is what still puts the paths of a large index into the table.
+	hashing sync.WaitGroup
 	dirs  int // how many of the entries are directories
 	// unhashed says that some file has no Digest.
 	unhashed bool
@@ -46,6 +48,8 @@ type node struct {
 	dir    int32  // number of this directory among the directories; -1 for anything else
 	// shadow says that this directory or one above it is opaque: nothing below this layer shows through.
 	shadow bool
+	// opaque says that this directory is.
+	opaque bool
 }
 
 // New makes an index of entries, which need no order and now belong to the index. Of two entries with one path
@@ -261,6 +265,10 @@ func (x *Index) Pos(path string) (int, bool) { return x.pos(hashPath(path), path
 
 // pos is Pos for a path whose hash is known.
 func (x *Index) pos(hash uint64, path string) (int, bool) {
+	x.hashing.Wait()
+	if !x.paths.may(hash) {
+		return 0, false
+	}
 	for slot := x.paths.first(hash); ; slot = x.paths.next(slot) {
 		i, same, _ := x.paths.at(slot, hash)
 		if i < 0 {
@@ -276,6 +284,10 @@ func (x *Index) pos(hash uint64, path string) (int, bool) {
 // opaque directory, or none. It is for paths that are directories in some layer: those of the others need not be looked
 // at, only their places in the table.
 func (x *Index) hiding(hash uint64, path string) (int, bool) {
+	x.hashing.Wait()
+	if !x.paths.may(hash) {
+		return 0, false
+	}
 	for slot := x.paths.first(hash); ; slot = x.paths.next(slot) {
 		i, same, merges := x.paths.at(slot, hash)
 		if i < 0 {
@@ -308,7 +320,12 @@ func (x *Index) Children(i int) iter.Seq[int] {
 type hashTable struct {
 	slots []uint32
 	bits  int // of a position
+	// filter has a bit for each path, at a place that follows from its hash: of those that are not there, seven in eight or more are
+	// told without a look at the slots, which take 16 times as much room.
+	filter []uint64
 }
+
+const filterBitsPerSlot = 4
 
 var hashSeed = maphash.MakeSeed()
 
@@ -316,7 +333,21 @@ func hashPath(path string) uint64 { return maphash.String(hashSeed, path) }
 
 // newHashTable makes a table for n paths, of which there are fewer than 1<<31.
 func newHashTable(n int) hashTable {
-	return hashTable{slots: make([]uint32, 1<<bits.Len(uint(2*n-1))), bits: bits.Len(uint(n))}
+	slots := 1 << bits.Len(uint(2*n-1))
+	return hashTable{
+		slots: make([]uint32, slots), bits: bits.Len(uint(n)),
+		filter: make([]uint64, (slots*filterBitsPerSlot+63)/64),
+	}
+}
+
+// may says whether a path with this hash may be in the table.
+func (t *hashTable) may(hash uint64) bool {
+	bit := t.filterBit(hash)
+	return t.filter[bit/64]>>(bit%64)&1 != 0
+}
+
+func (t *hashTable) filterBit(hash uint64) uint64 {
+	return hash & uint64(len(t.slots)*filterBitsPerSlot-1)
 }
 
 func (t *hashTable) first(hash uint64) int { return int(hash & uint64(len(t.slots)-1)) }
@@ -332,6 +363,8 @@ func (t *hashTable) at(slot int, hash uint64) (pos int, same, merges bool) {
 func (t *hashTable) tag(hash uint64) uint32 { return uint32(hash>>32) >> (t.bits + 1) }
 
 func (t *hashTable) put(hash uint64, pos int, merges bool) {
+	bit := t.filterBit(hash)
+	t.filter[bit/64] |= 1 << (bit % 64)
 	slot := t.first(hash)
 	for t.slots[slot] != 0 {
 		slot = t.next(slot)
@@ -341,6 +374,58 @@ func (t *hashTable) put(hash uint64, pos int, merges bool) {
 		v |= 1 << t.bits
 	}
 	t.slots[slot] = v
+}
+
+// hashing puts the paths of an index into its table while the entries behind them are still being read.
+type hashing struct {
+	x    *Index
+	done int      // entries before this one are in the table, or have been handed over
+	more chan int // up to which entry there is something to do; nil while one goroutine does both
+}
+
+// hashBatch is how many entries are worth telling another goroutine.
+const hashBatch = 4096
+
+func (x *Index) hashPaths() *hashing { return &hashing{x: x} }
+
+// until says that the entries before n are complete.
+func (h *hashing) until(n int) {
+	switch {
+	case n == len(h.x.nodes) && h.more == nil:
+		h.x.putPaths(h.done, n)
+	case n == len(h.x.nodes) || n-h.done >= hashBatch:
+		if h.more == nil {
+			h.more = make(chan int, 1+len(h.x.nodes)/hashBatch)
+			h.x.hashing.Go(h.work)
+		}
+		h.more <- n
+	default:
+		return
+	}
+	h.done = n
+}
+
+func (h *hashing) work() {
+	done := 0
+	for n := range h.more {
+		h.x.putPaths(done, n)
+		done = n
+	}
+}
+
+// end says that until will not be called any more. The table is complete when Index.hashing is done.
+func (h *hashing) end() {
+	if h.more != nil {
+		close(h.more)
+	}
+}
+
+// putPaths puts the paths of entries [from, to) into the table.
+func (x *Index) putPaths(from, to int) {
+	for i := from; i < to; i++ {
+		n := &x.nodes[i]
+		x.paths.put(hashPath(x.Path(i)), i, n.dir >= 0 && !n.opaque)
+	}
 }
 
 // laterNames returns the positions of the second and later names of the file whose first name is path, in order.

@@ -4,7 +4,6 @@ package layer
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"os"
 	"path/filepath"
@@ -215,9 +214,7 @@ func olderIndex(s *Store, id ID) error {
 		return err
 	}
 	_, rest, _ := bytes.Cut(b, []byte("\n"))
-	b = append([]byte("slipway index 1\n"), rest[:len(rest)-sha256.Size]...)
-	sum := sha256.Sum256(b)
-	if err := os.WriteFile(s.path(id, indexFile), append(b, sum[:]...), 0o600); err != nil {
+	if err := os.WriteFile(s.path(id, indexFile), append([]byte("slipway index 1\n"), rest...), 0o600); err != nil {
 		return err
 	}
 	m, err := readMeta(s.path(id, infoFile), id)

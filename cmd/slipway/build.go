@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"os"
@@ -213,9 +214,12 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err := a.checkOwnAttrs(ctx, client, solve.FrontendAttrs); err != nil {
 		return err
 	}
-	response, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
+	response, warnings, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
 	if err != nil {
 		return a.buildError(ctx, err, tail)
+	}
+	if mode != progressui.QuietMode && mode != progressui.RawJSONMode {
+		showWarnings(a.stderr(), warnings)
 	}
 	if err := out.commit(); err != nil {
 		return fmt.Errorf("--output: %w", err)
@@ -255,10 +259,11 @@ func localSources(dir, file string) []string {
 	return sources
 }
 
-// solveAndShow runs the build. The display gets to its end even when the build is canceled. With keepTail it returns the
-// last output of a step that failed.
-func solveAndShow(ctx context.Context, client *bkclient.Client, solve bkclient.SolveOpt, display progressui.Display, keepTail bool) (*bkclient.SolveResponse, []byte, error) {
+// solveAndShow runs the build. The display gets to its end even when the build is canceled. It returns the frontend's warnings,
+// and with keepTail the last output of a step that failed.
+func solveAndShow(ctx context.Context, client *bkclient.Client, solve bkclient.SolveOpt, display progressui.Display, keepTail bool) (*bkclient.SolveResponse, []bkclient.VertexWarning, []byte, error) {
 	var response *bkclient.SolveResponse
+	var warnings []bkclient.VertexWarning
 	events := make(chan *bkclient.SolveStatus)
 	shown := events
 	var tail logTail
@@ -278,12 +283,27 @@ func solveAndShow(ctx context.Context, client *bkclient.Client, solve bkclient.S
 		response, err = client.Solve(ctx, nil, solve, events)
 		return err
 	})
-	group.Go(func() error {
-		_, err := display.UpdateFrom(context.WithoutCancel(ctx), shown)
+	group.Go(func() (err error) {
+		warnings, err = display.UpdateFrom(context.WithoutCancel(ctx), shown)
 		return err
 	})
 	err := group.Wait()
-	return response, tail.failed(), err
+	return response, warnings, tail.failed(), err
+}
+
+// showWarnings lists them after the build, as docker does: the display shows only those of steps that it shows anyway.
+func showWarnings(w io.Writer, warnings []bkclient.VertexWarning) {
+	switch n := len(warnings); n {
+	case 0:
+		return
+	case 1:
+		fmt.Fprintf(w, "\n 1 warning found (more about it: slipway build --check):\n")
+	default:
+		fmt.Fprintf(w, "\n %d warnings found (more about them: slipway build --check):\n", n)
+	}
+	for _, warning := range warnings {
+		fmt.Fprintf(w, " - %s\n", warning.Short)
+	}
 }
 
 // logTail keeps the end of every step's output.
