@@ -23,12 +23,12 @@ import (
 // tree, and of the paths by hash. An Entry is decoded when somebody asks for it. The hashes are made while the paths
 // are being read anyway: later, that would cost three times as much, and more than the questions of most builds.
 type Index struct {
-	data  string // the entries, encoded
-	nodes []node // one for each
+	data  string    // the entries, encoded
+	nodes []node    // one for each
 	paths hashTable // when hashing is done
 	// hashing is what still puts the paths of a large index into the table.
 	hashing sync.WaitGroup
-	dirs  int // how many of the entries are directories
+	dirs    int // how many of the entries are directories
 	// unhashed says that some file has no Digest.
 	unhashed bool
 
