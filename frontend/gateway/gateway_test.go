@@ -25,6 +25,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/solver"
+	"github.com/seed-68981b69/slipway/solver/op"
 )
 
 // fakeBuild answers every definition with the same snapshot or error.
@@ -340,5 +341,26 @@ func TestBridge(t *testing.T) {
 	}
 	if snap, err := Snapshot(ctx, out.Ref); err != nil || len(snap) != 1 {
 		t.Errorf("snapshot %v, %v", snap, err)
+	}
+}
+
+// TestFrontendInANamedContext: a named context in the place of a frontend's image is not that image.
+func TestFrontendInANamedContext(t *testing.T) {
+	var asked []string
+	c := testClient(t, &fakeBuild{}, func(o *Options) {
+		o.Containers = &op.Containers{}
+		o.AllowFrontend = func(_, source string) error {
+			asked = append(asked, source)
+			if source != "docker.io/good/frontend" {
+				return errors.New("not allowed")
+			}
+			return nil
+		}
+	})
+	_, err := c.Solve(t.Context(), gwclient.SolveRequest{Frontend: "gateway.v0", FrontendOpt: map[string]string{
+		"source": "docker.io/good/frontend", "context:good/frontend": "docker-image://bad/frontend",
+	}})
+	if err == nil || !strings.Contains(err.Error(), "not allowed") || len(asked) != 2 {
+		t.Errorf("%v, asked about %q", err, asked)
 	}
 }

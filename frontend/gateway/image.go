@@ -126,6 +126,11 @@ func (c *Client) pullFrontend(ctx context.Context, source string) (*frontendImag
 		return nil, err
 	}
 	if named != nil {
+		if c.AllowFrontend != nil {
+			if err := c.AllowFrontend(gatewayName, ""); err != nil {
+				return nil, fmt.Errorf("a named context is in the place of its image: %w", err)
+			}
+		}
 		var config *dockerspec.DockerOCIImage
 		if state, config, err = named.Load(ctx); err != nil {
 			return nil, err
