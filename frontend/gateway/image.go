@@ -352,6 +352,7 @@ func serveBridge(b *Bridge, conn net.Conn) (stop func()) {
 		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(maxFrontendMessage),
 		grpc.MaxSendMsgSize(maxFrontendMessage),
+		grpc.WaitForHandlers(true),
 	)
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	gwpb.RegisterLLBBridgeServer(server, b)
