@@ -101,7 +101,8 @@ func TestClientKeepsItsPassword(t *testing.T) {
 				return err
 			}
 			name := reg.Host + "/private:1"
-			err := solve("FROM scratch\nCOPY Dockerfile /"+strings.ReplaceAll(tc.name, " ", "-")+"\n", bkclient.ExportEntry{Type: "image", Attrs: map[string]string{
+			// Two steps: the layer of the first is sent before the build ends, the other one at its end.
+			err := solve("FROM scratch\nCOPY Dockerfile /"+strings.ReplaceAll(tc.name, " ", "-")+"\nCOPY Dockerfile /last\n", bkclient.ExportEntry{Type: "image", Attrs: map[string]string{
 				"name": name, "push": "true", "store": "false",
 			}})
 			if (err != nil) != tc.fails {

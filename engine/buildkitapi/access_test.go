@@ -59,6 +59,8 @@ func TestFrontendsThatMayBeAskedFor(t *testing.T) {
 		{Frontends{Repositories: []string{"host.test/team/x"}}, "gateway.v0", "host.test/team/x/y", "host.test/team/x/y"},
 		{Frontends{Repositories: []string{"host.test/team/x"}}, "gateway.v0", "UPPER", "not among those"},
 		{Frontends{Repositories: []string{"UPPER"}}, "gateway.v0", "UPPER", "not among those"},
+		{Frontends{Repositories: []string{"host.test/team/x"}}, "gateway.v0", "", "only certain images"},
+		{Frontends{}, "gateway.v0", "", ""},
 		{Frontends{Repositories: []string{"host.test/team/x"}}, "dockerfile.v0", "", ""},
 	} {
 		err := tc.f.check(tc.name, tc.source)

@@ -40,7 +40,7 @@ func (s *Server) begin(ctx context.Context, session *clientSession, req *request
 		if !ok {
 			continue
 		}
-		if begun, err := eager.Begin(ctx, result, exporter.Options{Credentials: session.Credentials}); err == nil && begun != nil {
+		if begun, err := eager.Begin(ctx, result, exporter.Options{Credentials: session.Credentials, Tokens: session}); err == nil && begun != nil {
 			all.exports = append(all.exports, begun)
 		}
 	}

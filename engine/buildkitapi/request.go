@@ -154,6 +154,9 @@ func (f Frontends) check(name, source string) error {
 			return nil
 		}
 	}
+	if source == "" {
+		return status.Errorf(codes.PermissionDenied, "the engine's configuration allows only certain images to be frontends (frontend.%q.allowedRepositories)", gatewayName)
+	}
 	return status.Errorf(codes.PermissionDenied, "frontend image %s: its repository is not among those that the engine's configuration allows (frontend.%q.allowedRepositories)", source, gatewayName)
 }
 

@@ -176,6 +176,14 @@ func (s *Server) authTimeout() time.Duration {
 	return auth.SessionAuthTimeout
 }
 
+// answerIn bounds how long the client may take to answer a question for credentials or tokens.
+func (s *clientSession) answerIn(ctx context.Context) (context.Context, context.CancelFunc) {
+	if s.authTimeout <= 0 {
+		return ctx, func() {}
+	}
+	return context.WithTimeoutCause(ctx, s.authTimeout, errors.New("the client did not answer"))
+}
+
 // Credentials implements solver.Session.
 func (s *clientSession) Credentials(ctx context.Context, host string) (string, string, error) {
 	if s.id == "" {
@@ -185,11 +193,8 @@ func (s *clientSession) Credentials(ctx context.Context, host string) (string, s
 	if err != nil {
 		return "", "", fmt.Errorf("credentials for %s: %w", host, err)
 	}
-	if s.authTimeout > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, s.authTimeout, errors.New("the client did not answer"))
-		defer cancel()
-	}
+	ctx, cancel := s.answerIn(ctx)
+	defer cancel()
 	response, err := auth.NewAuthClient(caller.Conn()).Credentials(caller.Context(ctx), &auth.CredentialsRequest{Host: host})
 	switch {
 	case grpcerrors.Code(err) == codes.Unimplemented:
@@ -216,7 +221,7 @@ func (s *clientSession) HasTokens(ctx context.Context, host string) (bool, error
 	if err != nil {
 		return false, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, auth.SessionAuthTimeout, errors.New("the client did not answer"))
+	ctx, cancel := s.answerIn(ctx)
 	defer cancel()
 	response, err := auth.NewAuthClient(caller.Conn()).GetTokenAuthority(caller.Context(ctx), &auth.GetTokenAuthorityRequest{Host: host, Salt: tokenSalt()})
 	switch code := grpcerrors.Code(err); {
@@ -234,7 +239,7 @@ func (s *clientSession) FetchToken(ctx context.Context, req registry.TokenReques
 	if err != nil {
 		return registry.Token{}, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, auth.SessionAuthTimeout, errors.New("the client did not answer"))
+	ctx, cancel := s.answerIn(ctx)
 	defer cancel()
 	response, err := auth.NewAuthClient(caller.Conn()).FetchToken(caller.Context(ctx), &auth.FetchTokenRequest{
 		ClientID: "slipway", Host: req.Host, Realm: req.Realm, Service: req.Service, Scopes: req.Scopes,

@@ -165,7 +165,7 @@ type Lookup func(ctx context.Context, key string) (*record.Record, bool, error)
 
 // New makes the document of a build. lookup is asked for what was not needed: how long its work took.
 func New(ctx context.Context, info Info, reports []solver.Report, lookup Lookup) *Document {
-	d := &Document{Build: info.Build, Project: info.Project, Created: info.Created, Duration: info.Duration}
+	d := &Document{Build: info.Build, Created: info.Created, Duration: info.Duration}
 	r := newRedactor(info.Salt)
 	for name, value := range info.Attrs {
 		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
@@ -177,6 +177,7 @@ func New(ctx context.Context, info Info, reports []solver.Report, lookup Lookup)
 			}
 		}
 	}
+	d.Project = r.text(info.Project) // which may be the address of a repository, with its token
 	if info.Err != nil {
 		d.Error = r.text(info.Err.Error())
 	}

@@ -188,7 +188,7 @@ func TestRedaction(t *testing.T) {
 		op := &pb.Op{Op: &pb.Op_Exec{Exec: &pb.ExecOp{}}}
 		v := &solver.Vertex{Digest: "sha256:v", Op: op, Name: "[2/2] RUN curl -H " + token + " " + url}
 		return New(context.Background(), Info{
-			Build: "b", Salt: "salt", Attrs: map[string]string{"build-arg:NPM_TOKEN": token}, Err: errors.New("fetch " + url + " with " + token),
+			Build: "b", Project: url + "|Dockerfile", Salt: "salt", Attrs: map[string]string{"build-arg:NPM_TOKEN": token}, Err: errors.New("fetch " + url + " with " + token),
 		}, []solver.Report{{Vertex: v, Outcome: solver.Failed, Err: errors.New(token), RecipeParts: []record.Part{
 			{Name: "env NPM_TOKEN", Value: token},
 			{Name: "arg[0]", Value: "curl " + url},

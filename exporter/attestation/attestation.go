@@ -34,21 +34,33 @@ const maxBytes = 80 << 20
 // maxBundle is how many statements one bundle may have.
 const maxBundle = 1000
 
+// maxTotal bounds all that is read for one platform, which is in memory until it is exported. BuildKit has no such limit.
+const maxTotal = 4 * maxBytes
+
 // Given is an attestation as a frontend returns it; Ref has its files, nil when it has none.
 type Given = result.Attestation[layer.Files]
 
 // Read reads what a frontend or scanner has returned for one platform, and takes bundles apart. The SPDX document of the result itself
 // comes first, as in BuildKit.
 func Read(ctx context.Context, given []Given) ([]exporter.Attestation, error) {
+	return readAll(ctx, given, &reader{left: maxTotal})
+}
+
+// reader reads files until there are too many bytes in memory.
+type reader struct {
+	left int64 // bytes that may still be read
+}
+
+func readAll(ctx context.Context, given []Given, r *reader) ([]exporter.Attestation, error) {
 	var out []exporter.Attestation
 	for _, g := range given {
 		var list []exporter.Attestation
 		var err error
 		switch g.Kind {
 		case gwpb.AttestationKind_InToto:
-			list, err = readPredicate(ctx, g)
+			list, err = r.predicate(ctx, g)
 		case gwpb.AttestationKind_Bundle:
-			list, err = readBundle(ctx, g)
+			list, err = r.bundle(ctx, g)
 		default:
 			err = fmt.Errorf("kind %s is not supported", g.Kind)
 		}
@@ -69,14 +81,14 @@ func Read(ctx context.Context, given []Given) ([]exporter.Attestation, error) {
 	return out, nil
 }
 
-func readPredicate(ctx context.Context, g Given) ([]exporter.Attestation, error) {
+func (r *reader) predicate(ctx context.Context, g Given) ([]exporter.Attestation, error) {
 	switch {
 	case g.Path == "":
 		return nil, errors.New("it has no path")
 	case g.Ref == nil:
 		return nil, errors.New("it has no content")
 	}
-	data, err := readFile(ctx, g.Ref, g.Path)
+	data, err := r.file(ctx, g.Ref, g.Path)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +103,7 @@ func readPredicate(ctx context.Context, g Given) ([]exporter.Attestation, error)
 	return []exporter.Attestation{a}, err
 }
 
-func readBundle(ctx context.Context, g Given) ([]exporter.Attestation, error) {
+func (r *reader) bundle(ctx context.Context, g Given) ([]exporter.Attestation, error) {
 	if g.Ref == nil {
 		return nil, errors.New("the bundle has no content")
 	}
@@ -109,7 +121,7 @@ func readBundle(ctx context.Context, g Given) ([]exporter.Attestation, error) {
 	var out []exporter.Attestation
 	for _, e := range entries {
 		name := path.Join(g.Path, path.Base(e.Path))
-		data, err := readFile(ctx, g.Ref, e.Path)
+		data, err := r.file(ctx, g.Ref, e.Path)
 		if err != nil {
 			return nil, err
 		}
@@ -150,8 +162,8 @@ func newAttestation(g Given, name, predicateType string, subjects []result.InTot
 	}, nil
 }
 
-// readFile reads a regular file, whose name is resolved inside files.
-func readFile(ctx context.Context, files layer.Files, name string) ([]byte, error) {
+// file reads a regular file, whose name is resolved inside files.
+func (r *reader) file(ctx context.Context, files layer.Files, name string) ([]byte, error) {
 	resolved, err := index.Resolve(files, name, true)
 	if err != nil {
 		return nil, err
@@ -164,7 +176,10 @@ func readFile(ctx context.Context, files layer.Files, name string) ([]byte, erro
 		return nil, fmt.Errorf("%s is not a regular file", name)
 	case e.Size > maxBytes:
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, e.Size, int64(maxBytes))
+	case e.Size > r.left:
+		return nil, fmt.Errorf("%s: the attestations of one platform have more than %d bytes together", name, int64(maxTotal))
 	}
+	r.left -= e.Size
 	f, err := files.OpenFile(ctx, resolved)
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)

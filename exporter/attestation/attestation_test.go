@@ -135,3 +135,21 @@ func FuzzBundle(f *testing.F) {
 		}
 	})
 }
+
+// TestReadIsBounded: what frontends say about a result is in memory, all of it.
+func TestReadIsBounded(t *testing.T) {
+	tree := newFiles(map[string]string{"a/1": `{"predicate":1}`, "a/2": `{"predicate":2}`, "b": `{"c":"d"}`})
+	given := []Given{
+		{Kind: gwpb.AttestationKind_Bundle, Path: "a", Ref: tree},
+		{Kind: gwpb.AttestationKind_InToto, Path: "b", Ref: tree, InToto: result.InTotoAttestation{PredicateType: "t"}},
+	}
+	const all = 15 + 15 + 9
+	if list, err := readAll(t.Context(), given, &reader{left: all}); err != nil || len(list) != 3 {
+		t.Errorf("%d attestations, %v", len(list), err)
+	}
+	for _, left := range []int64{all - 1, 29, 14} {
+		if _, err := readAll(t.Context(), given, &reader{left: left}); err == nil || !strings.Contains(err.Error(), "together") {
+			t.Errorf("%d bytes: %v", left, err)
+		}
+	}
+}

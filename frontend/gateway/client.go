@@ -79,7 +79,8 @@ type Options struct {
 	Frontends map[string]gwclient.BuildFunc
 	// Containers runs the containers of frontends, and frontends that are images; nil refuses both.
 	Containers *op.Containers
-	// AllowFrontend refuses a frontend that the engine does not run; source is the image that gateway.v0 is asked for. nil allows all.
+	// AllowFrontend refuses a frontend that the engine does not run; source is the image that gateway.v0 is asked for, "" for one that the
+	// client itself brings. nil allows all.
 	AllowFrontend func(name, source string) error
 	// Solved, when set, is told of every reference that a frontend has returned, which need not be evaluated.
 	Solved func(*Reference)

@@ -309,9 +309,25 @@ func checkMeta(m *pb.Meta) error {
 	return grpcstatus.Errorf(codes.Unimplemented, "not supported for a process of a frontend's container: %s", name)
 }
 
+// checkFds refuses descriptors that a process does not have, and one that is named twice.
+func checkFds(fds []uint32) error {
+	for i, fd := range fds {
+		if fd > 2 {
+			return grpcstatus.Errorf(codes.InvalidArgument, "file descriptor %d of a process: there are 0, 1 and 2", fd)
+		}
+		if slices.Contains(fds[:i], fd) {
+			return grpcstatus.Errorf(codes.InvalidArgument, "file descriptor %d of a process is named twice", fd)
+		}
+	}
+	return nil
+}
+
 // startExec starts a process and tells the client.
 func (b *Bridge) startExec(ctx context.Context, s *execStream, id string, init *gwpb.InitMessage) (*execProcess, error) {
 	if err := checkMeta(init.Meta); err != nil {
+		return nil, err
+	}
+	if err := checkFds(init.Fds); err != nil {
 		return nil, err
 	}
 	c, err := b.container(init.ContainerID)
@@ -335,8 +351,6 @@ func (b *Bridge) startExec(ctx context.Context, s *execStream, id string, init *
 			req.Stdout = &execOutput{p, 1}
 		case 2:
 			req.Stderr = &execOutput{p, 2}
-		default:
-			return nil, grpcstatus.Errorf(codes.InvalidArgument, "process %s: file descriptor %d: there are 0, 1 and 2", id, fd)
 		}
 	}
 	if p.proc, err = c.Start(ctx, req); err != nil {

@@ -9,8 +9,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
@@ -21,10 +25,15 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/solver"
+	"github.com/seed-68981b69/slipway/solver/op"
 )
 
 // fakeBuild answers every definition with the same snapshot or error.
@@ -340,5 +349,86 @@ func TestBridge(t *testing.T) {
 	}
 	if snap, err := Snapshot(ctx, out.Ref); err != nil || len(snap) != 1 {
 		t.Errorf("snapshot %v, %v", snap, err)
+	}
+}
+
+// TestFrontendInANamedContext: a named context in the place of a frontend's image is not that image.
+func TestFrontendInANamedContext(t *testing.T) {
+	var asked []string
+	c := testClient(t, &fakeBuild{}, func(o *Options) {
+		o.Containers = &op.Containers{}
+		o.AllowFrontend = func(_, source string) error {
+			asked = append(asked, source)
+			if source != "docker.io/good/frontend" {
+				return errors.New("not allowed")
+			}
+			return nil
+		}
+	})
+	_, err := c.Solve(t.Context(), gwclient.SolveRequest{Frontend: "gateway.v0", FrontendOpt: map[string]string{
+		"source": "docker.io/good/frontend", "context:good/frontend": "docker-image://bad/frontend",
+	}})
+	if err == nil || !strings.Contains(err.Error(), "not allowed") || len(asked) != 2 {
+		t.Errorf("%v, asked about %q", err, asked)
+	}
+}
+
+// slowBuild takes a moment to stop.
+type slowBuild struct {
+	fakeBuild
+	begun chan struct{}
+	ended atomic.Bool
+}
+
+func (b *slowBuild) Result(ctx context.Context, _ solver.Edge) (snapshot.Snapshot, error) {
+	close(b.begun)
+	<-ctx.Done()
+	time.Sleep(50 * time.Millisecond) // what it takes to stop a step
+	b.ended.Store(true)
+	return nil, context.Cause(ctx)
+}
+
+// TestServeBridgeWaits: when a frontend has gone, so have the calls that it has made.
+func TestServeBridgeWaits(t *testing.T) {
+	build := &slowBuild{begun: make(chan struct{})}
+	b := NewBridge(t.Context(), testClient(t, &fakeBuild{}, func(o *Options) { o.Build = build }))
+	ours, theirs := net.Pipe()
+	stop := serveBridge(b, ours)
+	conn, err := grpc.NewClient("passthrough:///frontend", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return theirs, nil }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	answered := make(chan error, 1)
+	go func() {
+		_, err := gwpb.NewLLBBridgeClient(conn).Solve(t.Context(), &gwpb.SolveRequest{Definition: marshal(t, llb.Local("x")), Evaluate: true})
+		answered <- err
+	}()
+	<-build.begun
+	stop()
+	if !build.ended.Load() {
+		t.Error("a call goes on after stop")
+	}
+	if err := <-answered; err == nil {
+		t.Error("the call has no error")
+	}
+}
+
+// TestExecRefusesDescriptors: what is refused leaves nothing behind.
+func TestExecRefusesDescriptors(t *testing.T) {
+	for _, fds := range [][]uint32{{0, 3}, {0, 0}} {
+		b := NewBridge(t.Context(), testClient(t, &fakeBuild{}, nil))
+		b.containers["c"] = &container{}
+		before := runtime.NumGoroutine()
+		for range 20 {
+			_, err := b.startExec(t.Context(), nil, "p", &gwpb.InitMessage{ContainerID: "c", Meta: &pb.Meta{Args: []string{"x"}}, Fds: fds})
+			if status.Code(err) != codes.InvalidArgument {
+				t.Fatalf("%d: %v", fds, err)
+			}
+		}
+		if after := runtime.NumGoroutine(); after >= before+20 {
+			t.Errorf("%d: %d goroutines are left", fds, after-before)
+		}
 	}
 }

@@ -126,6 +126,11 @@ func (c *Client) pullFrontend(ctx context.Context, source string) (*frontendImag
 		return nil, err
 	}
 	if named != nil {
+		if c.AllowFrontend != nil {
+			if err := c.AllowFrontend(gatewayName, ""); err != nil {
+				return nil, fmt.Errorf("a named context is in the place of its image: %w", err)
+			}
+		}
 		var config *dockerspec.DockerOCIImage
 		if state, config, err = named.Load(ctx); err != nil {
 			return nil, err
@@ -347,6 +352,7 @@ func serveBridge(b *Bridge, conn net.Conn) (stop func()) {
 		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(maxFrontendMessage),
 		grpc.MaxSendMsgSize(maxFrontendMessage),
+		grpc.WaitForHandlers(true),
 	)
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	gwpb.RegisterLLBBridgeServer(server, b)
