@@ -428,3 +428,29 @@ func TestDiskUsageIsHonest(t *testing.T) {
 		t.Errorf("the image: %+v", list)
 	}
 }
+
+// TestPruneBounds: facts that nobody deletes do not become more and more.
+func TestPruneBounds(t *testing.T) {
+	s := open(t, t.TempDir())
+	for bucket, keep := range boundedBuckets {
+		many := map[string][]byte{}
+		for i := range keep + 10 {
+			many[fmt.Sprint(i)] = []byte("x")
+		}
+		if err := s.Records.ChangeValues(bucket, many); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.Sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for bucket, keep := range boundedBuckets {
+		n := 0
+		if err := s.Records.WalkValues(bucket, func(string, []byte) error { n++; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if n != keep {
+			t.Errorf("bucket %s has %d values after a sweep, not %d", bucket, n, keep)
+		}
+	}
+}

@@ -27,6 +27,10 @@ var blobBuckets = []string{packedBucket, "http"}
 // derivedBucket of the record database has the layer that was made of others, by which and how (exporter/reshape).
 const derivedBucket = "derived-layers"
 
+// boundedBuckets of the record database have facts about what was built, which nothing else ever deletes, and how many of
+// them are kept: those that were noted last.
+var boundedBuckets = map[string]int{"solver.costs": 1 << 14, "solver.chains": 1 << 12}
+
 // compactAfter is how many deleted records make the database worth compacting.
 const compactAfter = 500
 
@@ -149,6 +153,11 @@ func (s *Store) carryOut(ctx context.Context, inv *inventory, plan plan, horizon
 
 // forget drops the facts about what is gone: deleted now, or before a crash that came before forget.
 func (s *Store) forget(layers []layer.ID) error {
+	for bucket, keep := range boundedBuckets {
+		if err := s.Records.TrimValues(bucket, keep); err != nil {
+			return err
+		}
+	}
 	for _, bucket := range blobBuckets {
 		err := s.Records.DropValues(bucket, func(value []byte) bool {
 			return slices.ContainsFunc(findDigests(value), func(d digest.Digest) bool {

@@ -246,9 +246,9 @@ func (c *collector) makeRoom(ctx context.Context) {
 	c.log.Warn("the cache exceeds its limit, and what could be deleted is in use: builds go on", "limit", c.limit, "takes", c.left.Load(), "coming", coming)
 }
 
-// packIdle packs trees until there are none or somebody builds.
-func (c *collector) packIdle(ctx context.Context) {
-	ctx, cancel := context.WithCancel(ctx)
+// packIdle packs trees until there are none or somebody builds. Meanwhile it collects for writers, of whom packing is one.
+func (c *collector) packIdle(life context.Context) {
+	ctx, cancel := context.WithCancel(life)
 	defer cancel()
 	c.mu.Lock()
 	c.stopPack = cancel
@@ -258,7 +258,18 @@ func (c *collector) packIdle(ctx context.Context) {
 		return
 	}
 	begun := time.Now()
-	if err := c.pack(ctx); err != nil && ctx.Err() == nil {
+	packed := make(chan error, 1)
+	go func() { packed <- c.pack(ctx) }()
+	var err error
+	for packing := true; packing; {
+		select {
+		case err = <-packed:
+			packing = false
+		case <-c.urgent: // what packing writes may have to wait for room, as what a build does
+			c.makeRoom(life)
+		}
+	}
+	if err != nil && ctx.Err() == nil {
 		c.log.Warn("pack layers", "error", err)
 	}
 	c.log.Debug("packed layers while idle", "duration", time.Since(begun), "interrupted", ctx.Err() != nil)

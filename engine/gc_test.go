@@ -52,6 +52,32 @@ func (f *fakeStore) collector(limit int64, log *slog.Logger) *collector {
 	return c
 }
 
+// TestPackingWaitsForRoom: what packing writes may need a collection first, which it gets; and so does what a build writes
+// meanwhile.
+func TestPackingWaitsForRoom(t *testing.T) {
+	const limit = 1000 << 20
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeStore{duration: 100 * time.Millisecond, has: limit}
+		c := f.collector(limit, slog.New(slog.DiscardHandler))
+		defer c.close()
+		c.busy = func() bool { return false }
+		took := make(chan time.Duration, 1)
+		c.pack = func(context.Context) error {
+			begun := time.Now()
+			for range 3 {
+				c.add(limit / 2)
+			}
+			took <- time.Since(begun)
+			return nil
+		}
+		c.left.Store(limit)
+		c.request()
+		if d := <-took; d > 5*time.Second {
+			t.Errorf("packing has waited for %v", d)
+		}
+	})
+}
+
 // TestWritersWait: at no time has the store more than its limit, however many write at once; and when nothing can be deleted,
 // writers go on.
 func TestWritersWait(t *testing.T) {

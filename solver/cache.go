@@ -42,6 +42,7 @@ type Logs interface {
 }
 
 // costBucket has what a step cost last time, by stepKey: two varints, its duration in nanoseconds and its peak memory in bytes.
+// The store bounds it (cache.Store.Prune).
 const costBucket = "solver.costs"
 
 // defaultDuration is taken for steps that have never run.

@@ -6,10 +6,15 @@ package solver
 // on the way has left. Nothing is run for an answer.
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
@@ -50,10 +55,94 @@ func (b *Build) Outputs(ctx context.Context, v *Vertex) ([]snapshot.Snapshot, bo
 	return rec.Outputs, true
 }
 
+// chainBucket has, by the recipe key of a vertex and the number of its output, how many layers each of the snapshots had that
+// Chain has returned for it: records of steps below are pruned before that of the result, which is used again and again. The
+// store bounds it (cache.Store.Prune).
+const chainBucket = "solver.chains"
+
+// chainNote is a value of chainBucket.
+type chainNote struct {
+	// Result is a digest of the result's layers: it may have been made anew.
+	Result digest.Digest
+	// Layers are how many of those each step has had below it and made itself.
+	Layers []int
+}
+
 // Chain returns the root file system after each step that leads to an edge, beginning with its source (or with nothing at all) and
 // ending with the edge itself: where several inputs are read, the one is followed that the step writes on. It returns nil when a step is
 // among them whose result is not known, or that does not write on any input.
 func (b *Build) Chain(ctx context.Context, e Edge) []snapshot.Snapshot {
+	chain := b.chain(ctx, e)
+	if e.Vertex == nil {
+		return chain
+	}
+	outputs, ok := b.Outputs(ctx, e.Vertex)
+	b.solver.mu.Lock()
+	var recipe RecipeKey
+	if r := b.reports[e.Vertex.Digest]; r != nil {
+		recipe = r.Recipe
+	}
+	b.solver.mu.Unlock()
+	if !ok || e.Index >= len(outputs) || recipe == "" {
+		return chain
+	}
+	final := outputs[e.Index]
+	key, note := string(recipe)+" "+strconv.Itoa(e.Index), chainNote{Result: digestOf(final)}
+	old, _, err := b.solver.records.GetValue(chainBucket, key)
+	if err != nil {
+		return chain
+	}
+	if stacked(chain, final) {
+		for _, s := range chain {
+			note.Layers = append(note.Layers, len(s))
+		}
+		if raw, err := json.Marshal(note); err == nil && !bytes.Equal(raw, old) {
+			_ = b.solver.records.PutValue(chainBucket, key, raw) // it only matters when records are gone
+		}
+		return chain
+	}
+	var noted chainNote
+	if json.Unmarshal(old, &noted) != nil || noted.Result != note.Result {
+		return chain
+	}
+	var again []snapshot.Snapshot
+	for _, n := range noted.Layers {
+		if n < 0 || n > len(final) {
+			return chain
+		}
+		again = append(again, final[:n:n])
+	}
+	if !stacked(again, final) {
+		return chain
+	}
+	return again
+}
+
+// digestOf is a digest of the IDs of a snapshot's layers.
+func digestOf(s snapshot.Snapshot) digest.Digest {
+	var ids strings.Builder
+	for _, id := range s {
+		ids.WriteString(string(id) + " ")
+	}
+	return digest.FromString(ids.String())
+}
+
+// stacked reports whether each snapshot of chain is the one before with nothing or something on top, and final the last.
+func stacked(chain []snapshot.Snapshot, final snapshot.Snapshot) bool {
+	for i, s := range chain {
+		next := final
+		if i+1 < len(chain) {
+			next = chain[i+1]
+		}
+		if len(s) > len(next) || !slices.Equal(s, next[:len(s)]) {
+			return false
+		}
+	}
+	return len(chain) > 0 && len(chain[len(chain)-1]) == len(final)
+}
+
+// chain is Chain as far as results are known.
+func (b *Build) chain(ctx context.Context, e Edge) []snapshot.Snapshot {
 	var chain []snapshot.Snapshot
 	for e.Vertex != nil {
 		outputs, ok := b.Outputs(ctx, e.Vertex)

@@ -338,6 +338,15 @@ func (s *Store) setAside(id ID, m *meta, reason error) {
 	delete(s.metas, id)
 	s.gone++
 	s.indexes.drop(id)
+	// The next layer of this ID is another one: nobody may get this one's mount for it, nor count as its user.
+	mounted := s.mounts[id]
+	delete(s.mounts, id)
+	delete(s.treeUses, id)
+	if mounted != "" {
+		if err := unmount(mounted); err != nil {
+			s.log.Warn("layer store: quarantine", "layer", id, "err", err)
+		}
+	}
 	if err := s.fs.Rename(s.path(id, ""), to); err != nil && !errors.Is(err, os.ErrNotExist) {
 		s.log.Warn("layer store: quarantine", "layer", id, "err", err)
 		return

@@ -196,6 +196,52 @@ func TestHealingRefuses(t *testing.T) {
 	}
 }
 
+// TestMountOfQuarantinedLayer: a layer that takes the ID of one that was put into quarantine is not shown by the mount of
+// that one.
+func TestMountOfQuarantinedLayer(t *testing.T) {
+	needRoot(t)
+	ctx := t.Context()
+	s := openStore(t, Options{Quarantine: t.TempDir()})
+	if info := s.Info(); !info.EROFS {
+		t.Skip("SKIPPED: tars are not mounted here: " + info.Reason)
+	}
+	raw := makeTar(t, reg("f", "content"))
+	unpack := func() (ID, string) {
+		t.Helper()
+		id, err := s.Unpack(ctx, bytes.NewReader(raw), "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mnt, err := s.Mount(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id, mnt
+	}
+	id, _ := unpack()
+	x, err := s.Index(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, _ := x.Lookup("f")
+	tar, err := os.OpenFile(s.path(id, tarFile), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = tar.WriteAt([]byte("damaged"), f.Offset)
+	if err := errors.Join(err, tar.Close(), flipByte(s.path(id, indexFile))); err != nil {
+		t.Fatal(err)
+	}
+	s.indexes.drop(id)
+	if _, err := s.Index(ctx, id); !errors.Is(err, ErrNotFound) {
+		t.Fatalf("Index: %v", err)
+	}
+	again, mnt := unpack()
+	if got, err := os.ReadFile(filepath.Join(mnt, "f")); again != id || string(got) != "content" {
+		t.Errorf("layer %s (was %s) shows %q, %v", again, id, got, err)
+	}
+}
+
 // flipByte changes a byte in the middle of a file.
 func flipByte(path string) error {
 	b, err := os.ReadFile(path)

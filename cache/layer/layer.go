@@ -647,23 +647,33 @@ type idLock struct {
 // lock takes the lock of id and returns what gives it back.
 func (l *idLocks) lock(id ID) (unlock func()) {
 	l.mu.Lock()
-	if l.byID == nil {
-		l.byID = map[ID]*idLock{}
-	}
 	one := l.byID[id]
 	if one == nil {
-		one = &idLock{}
-		l.byID[id] = one
+		defer l.mu.Unlock()
+		return l.take(id)
 	}
 	one.users++
 	l.mu.Unlock()
 	one.Lock()
-	return func() {
-		one.Unlock()
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if one.users--; one.users == 0 {
-			delete(l.byID, id)
-		}
+	return func() { l.unlock(id, one) }
+}
+
+// take takes a lock that nobody has. mu is held.
+func (l *idLocks) take(id ID) (unlock func()) {
+	if l.byID == nil {
+		l.byID = map[ID]*idLock{}
+	}
+	one := &idLock{users: 1}
+	one.Lock() // nobody else knows it
+	l.byID[id] = one
+	return func() { l.unlock(id, one) }
+}
+
+func (l *idLocks) unlock(id ID, one *idLock) {
+	one.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if one.users--; one.users == 0 {
+		delete(l.byID, id)
 	}
 }

@@ -122,13 +122,12 @@ func (s *Store) discard(dirs []string) {
 // discarders is how many directories are removed at once: more only wait for the same journal.
 const discarders = 2
 
-// tryLock is lock that gives up when somebody has the lock.
+// tryLock is lock that gives up when somebody has the lock, or waits for it. It never waits.
 func (l *idLocks) tryLock(id ID) (unlock func(), ok bool) {
 	l.mu.Lock()
-	busy := l.byID[id] != nil
-	l.mu.Unlock()
-	if busy {
+	defer l.mu.Unlock()
+	if l.byID[id] != nil {
 		return nil, false
 	}
-	return l.lock(id), true
+	return l.take(id), true
 }

@@ -268,6 +268,40 @@ func TestValues(t *testing.T) {
 	}
 }
 
+func TestTrimValues(t *testing.T) {
+	s := open(t, t.TempDir())
+	for _, key := range []string{"d", "a", "c", "b", "d"} { // d is the newest
+		if err := s.PutValue("trim", key, []byte(key)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.PutValue("trimmed", "other", nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		keep int
+		want string
+	}{{9, "abcd"}, {4, "abcd"}, {2, "bd"}, {0, ""}} {
+		if err := s.TrimValues("trim", c.keep); err != nil {
+			t.Fatal(err)
+		}
+		if got := valueKeys(t, s, "trim"); got != c.want {
+			t.Errorf("with %d kept: %q, want %q", c.keep, got, c.want)
+		}
+	}
+	if got := valueKeys(t, s, "trimmed"); got != "other" {
+		t.Errorf("the other bucket has %q", got)
+	}
+}
+
+func valueKeys(t *testing.T, s *Store, bucket string) (keys string) {
+	t.Helper()
+	if err := s.WalkValues(bucket, func(k string, _ []byte) error { keys += k; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
+
 // A batch far larger than one Badger transaction.
 func TestLargeBatch(t *testing.T) {
 	s := open(t, t.TempDir())

@@ -4,11 +4,14 @@ package record
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+
+	"github.com/dgraph-io/badger/v4"
 )
 
 // GetValue returns the value of key in bucket. An unreadable value is logged, deleted and not there.
@@ -102,6 +105,42 @@ func (s *Store) DropValues(bucket string, stale func(value []byte) bool) error {
 	}
 	if err := s.write(w, true); err != nil {
 		return fmt.Errorf("drop values of %s: %w", bucket, err)
+	}
+	return nil
+}
+
+// TrimValues removes the keys of bucket that were set longest ago, but for the last keep of them. It is for facts that nobody
+// misses.
+func (s *Store) TrimValues(bucket string, keep int) error {
+	prefix, err := valueKey(bucket, "")
+	if err != nil {
+		return err
+	}
+	s.mu.Lock() // what is set meanwhile is not old
+	defer s.mu.Unlock()
+	type item struct {
+		key string
+		set uint64
+	}
+	var items []item
+	err = s.db.View(func(txn *badger.Txn) error {
+		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix)})
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			items = append(items, item{string(it.Item().Key()), it.Item().Version()})
+		}
+		return nil
+	})
+	if err == nil && len(items) > keep {
+		slices.SortFunc(items, func(a, b item) int { return cmp.Compare(a.set, b.set) })
+		var w writes
+		for _, i := range items[:len(items)-keep] {
+			w.del(i.key)
+		}
+		err = s.write(w, false)
+	}
+	if err != nil {
+		return fmt.Errorf("trim values of %s: %w", bucket, err)
 	}
 	return nil
 }

@@ -86,7 +86,8 @@ func (m *Mount) copyChanges(ctx context.Context) error {
 // changes returns the entries of a layer that makes after of before: what is new or different, with the directories that
 // hold it, and whiteouts. No directory needs to be opaque: what is gone from one is named.
 func changes(before, after *index.Index) []index.Entry {
-	// Names of one file are one thing: if one is new or different, or they were not one file before, all of them count.
+	// Names of one file are one thing: if one is new or different, or they were not one file before, all of them count. And so
+	// do those that were one file and are several now, all but the first.
 	first := func(e *index.Entry) string {
 		if e.HardLink != "" {
 			return e.HardLink
@@ -98,11 +99,17 @@ func changes(before, after *index.Index) []index.Entry {
 		changed bool
 	}
 	files := map[string]file{}
+	stays := map[string]string{} // by first name before: the file, by first name now, that is still the same one
 	for e := range after.All() {
 		old, ok := before.Lookup(e.Path)
 		f, seen := files[first(&e)]
 		f.changed = f.changed || !ok || differ(&old, &e) || seen && f.was != first(&old)
 		f.was = first(&old)
+		if is, claimed := stays[f.was]; ok && !claimed {
+			stays[f.was] = first(&e)
+		} else if ok && is != first(&e) {
+			f.changed = true
+		}
 		files[first(&e)] = f
 	}
 	taken := map[string]index.Entry{}

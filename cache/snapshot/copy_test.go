@@ -67,6 +67,12 @@ func TestChanges(t *testing.T) {
 			[]index.Entry{dir(""), file("b", "1", ""), file("c", "1", "b")},
 			[]index.Entry{dir(""), gone("a")},
 		},
+		{
+			"one file becomes two that look the same",
+			[]index.Entry{dir(""), file("a", "1", ""), file("b", "1", "a"), file("c", "1", "a")},
+			[]index.Entry{dir(""), file("a", "1", ""), file("b", "1", ""), file("c", "1", "b")},
+			[]index.Entry{dir(""), file("b", "1", ""), file("c", "1", "b")},
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got := changes(index.New(c.before), index.New(c.after))
