@@ -74,9 +74,7 @@ func TestCompatibilityPage(t *testing.T) {
 	}
 	check("control.proto", protoFields(&controlapi.SolveRequest{}))
 	check("worker.proto", protoFields(&apitypes.WorkerRecord{}))
-	if _, ok := page["gateway.proto"]; ok {
-		check("gateway.proto", protoFields(&gwpb.SolveRequest{}))
-	}
+	check("gateway.proto", protoFields(&gwpb.SolveRequest{}))
 	keys := map[string]string{}
 	for _, k := range config.Keys {
 		keys[k.Path] = string(k.Status)

@@ -57,7 +57,7 @@ func TestMain(m *testing.M) {
 //	exit-code N PROGRAM…       like exec, with this exit code
 //	one-line-error [PATTERN]   the last command wrote nothing to standard error but one line "slipway: …"
 //	registry [tls] [auth|token] serves an empty registry and sets $REGISTRY to its host:port (user sailor, password ahoy)
-//	http-serve DIR             serves files and sets $HTTP to host:port
+//	http-serve DIR [AUTH]      serves files and sets $HTTP to host:port; with AUTH only to who sends it as Authorization
 //	[!] http-get URL           prints a page; waits for the server unless it must fail
 //	port NAME                  sets $NAME to a free port
 //	await FILE...              waits until the files exist
@@ -368,10 +368,17 @@ func scriptRegistry(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func scriptServe(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) != 1 {
-		ts.Fatalf("usage: http-serve DIR")
+	if neg || len(args) < 1 || len(args) > 2 {
+		ts.Fatalf("usage: http-serve DIR [AUTHORIZATION]")
 	}
-	server := httptest.NewServer(http.FileServer(http.Dir(ts.MkAbs(args[0]))))
+	files := http.FileServer(http.Dir(ts.MkAbs(args[0])))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if len(args) == 2 && r.Header.Get("Authorization") != args[1] {
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		files.ServeHTTP(w, r)
+	}))
 	ts.Defer(server.Close)
 	ts.Setenv("HTTP", strings.TrimPrefix(server.URL, "http://"))
 }

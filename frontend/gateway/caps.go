@@ -26,15 +26,12 @@ var (
 		pb.CapRemoteCacheGHA:            "cache import and export",
 		pb.CapRemoteCacheS3:             "cache import and export",
 		pb.CapRemoteCacheAzBlob:         "cache import and export",
-		pb.CapMultipleExporters:         "several exporters",
 		pb.CapSessionExporter:           "session exporters",
-		pb.CapGCFreeSpaceFilter:         "prune",
-		pb.CapHistoryFilters:            "build history",
 	}
 	missingGateway = map[apicaps.CapID]string{
 		gwpb.CapImportCaches:                          "cache import",
-		gwpb.CapSourceMetaResolverImageAttestations:   "attestations",
-		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "metadata of HTTP sources",
+		gwpb.CapSourceMetaResolverImageAttestations:   "attestations of an image",
+		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "checksum requests of an HTTP source",
 	}
 )
 

@@ -11,7 +11,6 @@ import (
 	"maps"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -235,7 +234,11 @@ func (img *frontendImage) process(opts map[string]string, session string, worker
 
 // serveFrontend runs the frontend's container and serves the gateway API to it.
 func (c *Client) serveFrontend(ctx context.Context, img *frontendImage) (_ *gwclient.Result, err error) {
-	metadata, err := img.metadataDir()
+	definition, err := img.definition.MarshalVT()
+	if err != nil {
+		return nil, err
+	}
+	metadata, err := c.Containers.FrontendDir(definition)
 	if err != nil {
 		return nil, err
 	}
@@ -327,22 +330,6 @@ func (b *Bridge) finish(ctx context.Context, cancel context.CancelCauseFunc, pro
 		return nil, fmt.Errorf("frontend %s has ended without a result%s", name, stderr)
 	}
 	return result, nil
-}
-
-// metadataDir has the definition of the frontend's own image, for the frontend to read.
-func (img *frontendImage) metadataDir() (string, error) {
-	data, err := img.definition.MarshalVT()
-	if err != nil {
-		return "", err
-	}
-	dir, err := os.MkdirTemp("", "slipway-frontend-")
-	if err != nil {
-		return "", err
-	}
-	if err := os.WriteFile(filepath.Join(dir, "frontend.bin"), data, 0o400); err != nil {
-		return "", errors.Join(err, os.RemoveAll(dir))
-	}
-	return dir, nil
 }
 
 // serveBridge serves the gateway API on one connection until stop is called, which waits for calls that are under way.

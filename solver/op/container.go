@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"sync"
 
@@ -27,6 +28,24 @@ type Containers struct{ deps *Deps }
 
 // NewContainers returns a Containers. deps.Caches must be set: cache mounts are those of the steps.
 func NewContainers(deps Deps) *Containers { return &Containers{deps: &deps} }
+
+const (
+	frontendPattern    = "frontend-*"
+	frontendDefinition = "frontend.bin"
+)
+
+// FrontendDir makes a directory with the definition of a frontend's own image, for its container to read. Its user removes
+// it; what a killed process leaves is removed by New.
+func (c *Containers) FrontendDir(definition []byte) (string, error) {
+	dir, err := os.MkdirTemp(c.deps.tempDir(), frontendPattern)
+	if err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(filepath.Join(dir, frontendDefinition), definition, 0o400); err != nil {
+		return "", errors.Join(err, os.RemoveAll(dir))
+	}
+	return dir, nil
+}
 
 // ContainerSpec describes a container before it is known what runs in it.
 type ContainerSpec struct {

@@ -174,6 +174,9 @@ func canRun(dir string, p *pb.Platform, exists func(name string) (bool, error)) 
 	}
 	h, ok := findHandler(dir, m)
 	if !ok {
+		if arch == "386" && runtime.GOARCH == "amd64" || arch == "arm" && runtime.GOARCH == "arm64" {
+			what += ", whose steps may only make 64-bit system calls"
+		}
 		return fmt.Errorf("%s: the kernel has no binfmt_misc handler for it (qemu-%s is not registered in %s): register one that is fixed (flag F), "+
 			"or run the step on the build platform (FROM --platform=$BUILDPLATFORM)", what, m.qemu, dir)
 	}

@@ -46,6 +46,7 @@ func TestCanRun(t *testing.T) {
 		{dir: filepath.Join(dir, "nothing"), p: &pb.Platform{OS: "linux", Architecture: "arm64"}, want: "qemu-aarch64 is not registered"},
 		{dir: dir, p: &pb.Platform{OS: "linux", Architecture: "arm64"}},
 		{dir: dir, p: &pb.Platform{OS: "linux", Architecture: "arm", Variant: "v7"}, want: "process for linux/arm/v7 on this linux/amd64 machine: the kernel has no binfmt_misc handler for it (qemu-arm is"},
+		{dir: dir, p: &pb.Platform{OS: "linux", Architecture: "386"}, want: "process for linux/386 on this linux/amd64 machine, whose steps may only make 64-bit system calls: the kernel has no binfmt_misc handler for it (qemu-i386 is"},
 		{dir: dir, p: &pb.Platform{OS: "linux", Architecture: "riscv64"}, want: "qemu-riscv64 is not registered"},
 		{dir: dir, p: &pb.Platform{OS: "linux", Architecture: "s390x"}, want: "which the image does not have"},
 		{dir: dir, p: &pb.Platform{OS: "linux", Architecture: "s390x"}, inImage: "/usr/bin/qemu-s390x"},

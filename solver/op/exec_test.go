@@ -647,6 +647,9 @@ func TestStale(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(s.secrets, "x"), []byte("secret"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := NewContainers(*d).FrontendDir([]byte("definition")); err != nil {
+		t.Fatal(err)
+	}
 	New(*d)
 	if left, _ := os.ReadDir(d.TempDir); len(left) > 0 {
 		t.Errorf("left: %v", left)

@@ -43,7 +43,7 @@ type Deps struct {
 	Caches *CacheMounts
 	// CacheDir keeps the cache mounts if Caches is nil. It belongs to this process alone.
 	CacheDir string
-	// TempDir is for files that live as long as one step: unpacked archives, secrets (on a tmpfs of their own).
+	// TempDir is for files that live as long as one step or frontend: unpacked archives, secrets (on a tmpfs of their own).
 	TempDir string
 	// DefaultNetwork is what a step gets that names no network; "" means a bridge.
 	DefaultNetwork executor.NetworkMode

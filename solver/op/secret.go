@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"github.com/moby/buildkit/solver/pb"
@@ -30,14 +29,17 @@ func (d *Deps) tempDir() string {
 // removeStale removes what steps leave in dir when the process is killed: a tmpfs with secrets above all. dir
 // belongs to this process alone.
 func removeStale(dir string) {
-	for _, pattern := range []string{"secrets-*", "pin-*", "ssh-*", "archive-*"} {
+	for _, pattern := range []string{"secrets-*", "pin-*", "ssh-*", "archive-*", frontendPattern} {
 		names, _ := filepath.Glob(filepath.Join(dir, pattern))
 		for _, name := range names {
 			if err := unmount(name); err != nil && !errors.Is(err, unix.EINVAL) {
 				continue // still mounted: what is behind it is not ours to remove
 			}
-			if strings.HasPrefix(pattern, "ssh-") {
+			switch pattern {
+			case "ssh-*":
 				os.Remove(filepath.Join(name, "agent"))
+			case frontendPattern:
+				os.Remove(filepath.Join(name, frontendDefinition))
 			}
 			os.Remove(name)
 		}

@@ -426,15 +426,38 @@ func (s *source) populate(ctx context.Context, git *gitutil.GitCLI, bare, tree s
 		}
 	}
 	if s.keepGitDir {
-		// Reflogs and FETCH_HEAD say when and from where in this store it was fetched, which is nobody's business.
-		for _, name := range []string{"FETCH_HEAD", "ORIG_HEAD", "logs"} {
-			if err := os.RemoveAll(filepath.Join(tree, ".git", name)); err != nil {
+		// The index has inode numbers and times of the files in this store; without them it says the same and is the same everywhere.
+		if _, err := in.Run(ctx, "read-tree", "HEAD"); err != nil {
+			return fmt.Errorf("check out %s: %w", p.commit, err)
+		}
+		if submodules {
+			if _, err := git.New(gitutil.WithDir(tree)).Run(ctx, "submodule", "--quiet", "foreach", "--recursive", "git read-tree HEAD"); err != nil {
+				return fmt.Errorf("check out %s: %w", p.commit, err)
+			}
+		}
+		return forgetFetches(filepath.Join(tree, ".git"))
+	}
+	return removeGitDirs(tree)
+}
+
+// forgetFetches removes from a .git, and from those of submodules in it, what says when and from where in this store they were fetched.
+func forgetFetches(gitDir string) error {
+	return filepath.WalkDir(gitDir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && d.Name() == "refs":
+			return fs.SkipDir
+		case !d.IsDir() || d.Name() != "objects":
+			return nil
+		}
+		for _, name := range []string{"FETCH_HEAD", "ORIG_HEAD", "logs"} { // they come before "objects": they have been walked
+			if err := os.RemoveAll(filepath.Join(filepath.Dir(path), name)); err != nil {
 				return err
 			}
 		}
-		return nil
-	}
-	return removeGitDirs(tree)
+		return fs.SkipDir
+	})
 }
 
 // removeGitDirs removes the .git of a tree and of its submodules.

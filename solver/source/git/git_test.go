@@ -305,9 +305,22 @@ func TestKeepGitDir(t *testing.T) {
 	if _, ok := entries.Lookup(".git/HEAD"); !ok {
 		t.Errorf("no .git in %q", tree)
 	}
-	for _, name := range []string{".git/FETCH_HEAD", ".git/logs"} {
+	for _, name := range []string{".git/FETCH_HEAD", ".git/logs", ".git/modules/part/FETCH_HEAD", ".git/modules/part/logs"} {
 		if _, ok := entries.Lookup(name); ok {
 			t.Errorf("%s was kept", name)
+		}
+	}
+	if _, ok := entries.Lookup(".git/modules/part/HEAD"); !ok {
+		t.Errorf("no .git of the submodule in %q", tree)
+	}
+	// Another store gets the same.
+	_, _, others, err := newFixture(t).get(url+"/project.git", "main", session{}, llb.KeepGitDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for e := range entries.All() {
+		if other, ok := others.Lookup(e.Path); !ok || other.Digest != e.Digest {
+			t.Errorf("%s is not the same in another store", e.Path)
 		}
 	}
 }
