@@ -1137,3 +1137,35 @@ func FuzzUnpack(f *testing.F) {
 		}
 	})
 }
+
+// TestUserXattrsHideNothing: a step may set the xattrs that overlayfs of an ordinary user goes by. Our mounts do not, so the index must not.
+func TestUserXattrsHideNothing(t *testing.T) {
+	needRoot(t)
+	s := openStore(t, Options{})
+	ctx := t.Context()
+	upper, err := s.NewUpper(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, file := filepath.Join(upper, "upper", "dir"), filepath.Join(upper, "upper", "file")
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(file, nil, 0o644),
+		unix.Setxattr(dir, xattrUserOpaque, []byte("y"), 0), unix.Setxattr(file, xattrUserWhiteout, []byte("y"), 0)); err != nil {
+		t.Fatal(err)
+	}
+	id, err := s.CommitTree(ctx, upper)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x, err := s.Index(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	below := index.New([]index.Entry{{Path: "dir", Type: index.Dir, Mode: 0o755}, {Path: "dir/f", Type: index.Symlink, Target: "x"}})
+	view := index.Merge(below, x)
+	if _, ok := view.Lookup("dir/f"); !ok {
+		t.Error("dir hides what is below")
+	}
+	if e, ok := view.Lookup("file"); !ok || e.Type != index.File {
+		t.Errorf("file is %+v, %v", e, ok)
+	}
+}

@@ -400,11 +400,11 @@ func (sc *treeScan) take(path string, st *unix.Stat_t, readlink func() (string, 
 			e.Xattrs[name] = value
 			continue
 		}
-		switch name {
-		case xattrOpaque, xattrUserOpaque:
+		switch {
+		case isOpaqueXattr(name):
 			// "x" means that there are whiteouts in it which are xattrs, not that it is opaque.
 			e.Opaque = e.Type == index.Dir && value == "y" && path != ""
-		case xattrWhiteout, xattrUserWhiteout:
+		case isWhiteoutXattr(name):
 			if e.Type == index.File && e.Size == 0 {
 				sc.entries = append(sc.entries, index.Entry{Path: path, Type: index.Whiteout, Offset: -1})
 				return nil

@@ -4,7 +4,9 @@ package layer
 
 import (
 	"os"
+	"slices"
 	"strings"
+	"sync"
 
 	"github.com/seed-68981b69/slipway/cache/index"
 )
@@ -43,6 +45,22 @@ func opaqueXattr() string {
 	}
 	return xattrOpaque
 }
+
+// isOpaqueXattr and isWhiteoutXattr say whether an xattr marks an opaque directory, or an empty file as a whiteout. Those of users do only
+// where there are no others: any step can set them, and the mounts of a privileged engine do not ask for them.
+func isOpaqueXattr(name string) bool {
+	return name == xattrOpaque || name == xattrUserOpaque && !hasTrustedXattrs()
+}
+
+func isWhiteoutXattr(name string) bool {
+	return name == xattrWhiteout || name == xattrUserWhiteout && !hasTrustedXattrs()
+}
+
+// hasTrustedXattrs says whether this process is root, and not only inside a user namespace.
+var hasTrustedXattrs = sync.OnceValue(func() bool {
+	uids, err := os.ReadFile("/proc/self/uid_map")
+	return os.Geteuid() == 0 && err == nil && slices.Equal(strings.Fields(string(uids)), []string{"0", "0", "4294967295"})
+})
 
 // whiteoutName returns the name that hides path, in a tar.
 func whiteoutName(path string) string {

@@ -23,6 +23,7 @@ import (
 	gwclient "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/moby/buildkit/solver/pb"
 	spb "github.com/moby/buildkit/sourcepolicy/pb"
+	"github.com/moby/buildkit/util/urlutil"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -273,7 +274,7 @@ func (c *Client) resolvePin(ctx context.Context, op *pb.SourceOp, opt sourcereso
 	}
 	logName := opt.LogName
 	if logName == "" {
-		logName = "resolve metadata for " + op.Identifier
+		logName = "resolve metadata for " + urlutil.RedactCredentials(op.Identifier)
 	}
 	response := &sourceresolver.MetaResponse{Op: op}
 	err = c.Step(ctx, logName, digest.FromString("metadata "+op.Identifier), func(env *solver.Env) error {
