@@ -9,9 +9,11 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -164,7 +166,25 @@ func filterOf(t *testing.T, s executor.Spec, standard bool) []unix.SockFilter {
 	if err != nil {
 		t.Fatal(err)
 	}
+	awaitExec(t, state.PID, "cat")
 	return seccompFilter(t, state.PID)
+}
+
+// awaitExec returns when a process runs a command: to trace one of several threads while another makes the exec would stop both.
+func awaitExec(t *testing.T, pid int, command string) {
+	t.Helper()
+	comm := fmt.Sprintf("/proc/%d/comm", pid)
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		name, err := os.ReadFile(comm)
+		switch {
+		case err != nil:
+			t.Fatal(err)
+		case strings.TrimSpace(string(name)) == command:
+			return
+		case time.Now().After(end):
+			t.Fatalf("process %d is %q, not %q", pid, name, command)
+		}
+	}
 }
 
 func seccompFilter(t *testing.T, pid int) []unix.SockFilter {
