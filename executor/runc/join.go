@@ -12,7 +12,6 @@ import (
 	"os"
 	"path"
 	"strings"
-	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -124,19 +123,5 @@ func (p *process) join(ctx context.Context, container string, spec *specs.Proces
 	if ctx.Err() != nil { // it ended while there was nothing to kill yet
 		_ = p.run.tell(wire.Request{Op: wire.OpKill, ID: p.id})
 	}
-	p.exit.Started = time.Now()
-	if err := p.io.begin(); err != nil {
-		_ = p.run.tell(wire.Request{Op: wire.OpKill, ID: p.id})
-		<-events
-		stopWatching()
-		p.r.wg.Done()
-		return err
-	}
-	go func() {
-		defer p.r.wg.Done()
-		ev, ok := <-events
-		stopWatching()
-		p.finish(ev, ok)
-	}()
-	return nil
+	return p.follow(events, stopWatching)
 }

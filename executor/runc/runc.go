@@ -374,9 +374,14 @@ func (p *process) launch(ctx context.Context, spec *specs.Spec, stdio executor.I
 		}
 		return startError(ev)
 	}
+	return p.follow(events, stopWatching)
+}
+
+// follow connects a process that has started, and waits for its end in the background.
+func (p *process) follow(events <-chan wire.Event, stopWatching func() bool) error {
 	p.exit.Started = time.Now()
 	if err := p.io.begin(); err != nil {
-		// The container runs but cannot be connected: end it as if it had never run.
+		// It runs but cannot be connected: end it as if it had never run.
 		_ = p.run.tell(wire.Request{Op: wire.OpKill, ID: p.id})
 		<-events
 		stopWatching()
