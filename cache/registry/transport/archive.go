@@ -310,6 +310,9 @@ func StreamArchive(w io.Writer, docker bool) *NewArchive {
 	}
 }
 
+// Ordered says that the blobs are to come in order: an image has one archive, to the byte.
+func (*NewArchive) Ordered() {}
+
 // entry writes a file.
 func (a *NewArchive) entry(name string, r io.Reader, sizeBytes int64, progress func(int64)) error {
 	if err := a.tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: sizeBytes}); err != nil {

@@ -49,6 +49,13 @@ type Destination interface {
 	Close() error
 }
 
+// ordered is a destination whose bytes depend on the order in which it is given things: it gets one after the other, in the order
+// of the manifest.
+type ordered interface {
+	Destination
+	Ordered()
+}
+
 // Options of a copy.
 type Options struct {
 	// Platform copies only the manifest for it; nil copies the index with all it has.
@@ -134,6 +141,9 @@ func (c *copying) manifestAt(ctx context.Context, desc ocispec.Descriptor, root 
 		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, err)
 	}
 	group, gctx := errgroup.WithContext(ctx)
+	if _, ok := c.to.(ordered); ok {
+		group.SetLimit(1)
+	}
 	if isIndex(desc.MediaType) {
 		for _, d := range named.Manifests {
 			group.Go(func() error {
