@@ -83,12 +83,16 @@ func (s *Store) blobUsage(d digest.Digest, size int64) int64 {
 
 func (st *stocktaking) takeLayers(ctx context.Context) error {
 	byDiffID := map[digest.Digest][]int{}
+	var remote []layer.Info
 	mounted := st.s.Snapshots.InUse()
 	err := st.s.Layers.Walk(ctx, func(l layer.Info) error {
 		if l.Form == layer.FormHeld {
 			return nil // in memory: DropHeld
 		}
 		st.layers[l.ID] = len(st.pieces)
+		if l.Form == layer.FormRemote {
+			remote = append(remote, l)
+		}
 		if l.DiffID != "" {
 			byDiffID[l.DiffID] = append(byDiffID[l.DiffID], len(st.pieces))
 		}
@@ -99,6 +103,11 @@ func (st *stocktaking) takeLayers(ctx context.Context) error {
 	})
 	if err != nil {
 		return err
+	}
+	for _, l := range remote {
+		below, _ := st.stack(l.Where.Below)
+		p := &st.pieces[st.layers[l.ID]]
+		p.packed = append(p.packed, below...)
 	}
 	pack := func(diffID, blob digest.Digest) {
 		if b, ok := st.blobs[blob]; ok {

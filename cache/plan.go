@@ -27,7 +27,8 @@ type piece struct {
 	layer layer.ID // "" for a blob
 	blob  digest.Digest
 	bytes int64
-	// packed are the pieces that stay as long as this one does: the packed forms of a layer.
+	// packed are the pieces that stay as long as this one does: the packed forms of a layer, and what a remote layer lies on,
+	// without which it could not be brought here.
 	packed []int
 	// image says that an image needs it, used that a lease or a mount does.
 	image, used bool

@@ -80,6 +80,13 @@ func (s *Store) Check(ctx context.Context, id ID) ([]Damage, error) {
 		}
 		m = again
 	}
+	if m.Remote {
+		if m.Content != "" {
+			_, err := checkIndex(s.path(id, indexFile), m)
+			bad(indexFile, true, err) // the bytes give another one
+		}
+		return found, context.Cause(ctx)
+	}
 	x, err := checkIndex(s.path(id, indexFile), m)
 	if err != nil {
 		raw, _ := os.ReadFile(s.path(id, indexFile))
@@ -131,7 +138,7 @@ func readMeta(path string, id ID) (*meta, error) {
 	switch {
 	case m.ID != id:
 		return nil, fmt.Errorf("it is about layer %s", m.ID)
-	case !m.Tar && !m.Tree:
+	case !m.Tar && !m.Tree && !m.Remote:
 		return nil, errors.New("it names neither a tar nor a tree")
 	}
 	return m, nil
@@ -264,8 +271,12 @@ func (s *Store) Repair(ctx context.Context, id ID, found []Damage, quarantine st
 	s.mu.Lock()
 	delete(s.metas, id)
 	s.mu.Unlock()
-	if _, err := s.load(id); err != nil {
+	m, err := s.load(id)
+	if err != nil {
 		return fmt.Errorf("repair layer %s: %w", id, err)
+	}
+	if m.Remote {
+		return nil
 	}
 	if _, err := s.Index(ctx, id); err != nil {
 		return fmt.Errorf("repair layer %s: %w", id, err)

@@ -47,10 +47,34 @@ func smallTar(t *testing.T) []byte {
 	return b.Bytes()
 }
 
+// indexOfTar is the index of the layer that raw makes.
+func indexOfTar(t *testing.T, raw []byte) *index.Index {
+	t.Helper()
+	s := openStore(t, Options{NoEROFS: true})
+	id, err := s.Unpack(t.Context(), bytes.NewReader(raw), "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x, err := s.Index(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return x
+}
+
 // TestFaults fails every call of every way to change the store. Afterwards the store opens, has every layer that it had, nothing in
 // it is damaged, the next attempt succeeds, and nothing is left over.
 func TestFaults(t *testing.T) {
 	raw, scattered := smallTar(t), scatteredTar(t)
+	rawIndex := indexOfTar(t, raw)
+	fetch := func(_ context.Context, info Info) (io.ReadCloser, error) {
+		for _, b := range [][]byte{raw, scattered} {
+			if digest.FromBytes(b) == info.DiffID {
+				return io.NopCloser(bytes.NewReader(b)), nil
+			}
+		}
+		return nil, errors.New("no such tar")
+	}
 	type world struct {
 		s    *Store
 		old  ID     // a tar
@@ -155,6 +179,30 @@ func TestFaults(t *testing.T) {
 			return w.s.CopyTree(t.Context(), newStack(t, w.s, w.old, w.tree), filepath.Join(dir, "upper"))
 		}, false},
 		{"pack", func(w *world) error { _, err := w.s.Pack(t.Context(), w.tree); return err }, false},
+		{"remote", func(w *world) error {
+			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(raw), Below: []ID{w.old}, Origin: "here"})
+			if err != nil {
+				return err
+			}
+			if _, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(raw), Below: []ID{w.old}, Index: rawIndex}); err != nil {
+				return err
+			}
+			return w.s.Materialise(t.Context(), id)
+		}, false},
+		{"remote scattered", func(w *world) error {
+			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(scattered)})
+			if err != nil {
+				return err
+			}
+			return w.s.Materialise(t.Context(), id)
+		}, false},
+		{"forget", func(w *world) error {
+			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(scattered)})
+			if err != nil {
+				return err
+			}
+			return w.s.Forget(t.Context(), id)
+		}, false},
 		{"sync", func(w *world) error { return w.s.Sync(t.Context()) }, false},
 		{"delete", func(w *world) error { return w.s.Delete(t.Context(), w.old) }, true},
 	} {
@@ -169,6 +217,7 @@ func TestFaults(t *testing.T) {
 						if err != nil {
 							t.Fatal(err)
 						}
+						s.OnFetch(fetch)
 						return s
 					}
 					var w world

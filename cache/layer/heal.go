@@ -18,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -284,7 +285,7 @@ func (s *Store) remakeInfo(ctx context.Context, id ID) (*meta, error) {
 	treeErr := checkTree(ctx, s.path(id, treeDir), x, false)
 	m.Tree = treeErr == nil
 	t, tarErr := s.reread(ctx, id, recalled{shown: x})
-	if tarErr == nil && t.x.Digest() == m.Content && (id[0] != 'd' || string(id) == "d"+t.diffID.Encoded()+belowVariant(t.answers)) {
+	if tarErr == nil && t.x.Digest() == m.Content && id.fits(t) {
 		m.Tar, m.DiffID, m.TarSize, m.Below = true, t.diffID, t.size, t.answers
 	}
 	for i := 0; i < x.Len() && m.Tar && !m.Tree; i++ {
@@ -293,7 +294,7 @@ func (s *Store) remakeInfo(ctx context.Context, id ID) (*meta, error) {
 		}
 	}
 	switch {
-	case id[0] == 'd' && !m.Tar, !m.Tar && !m.Tree:
+	case id[0] != 't' && id[0] != 'h' && !m.Tar, !m.Tar && !m.Tree:
 		return nil, fmt.Errorf("%w: tree: %w; tar: %w", errUnproven, treeErr, tarErr)
 	case id[0] == 't' && m.Tree:
 		// Whether the tar is of this tree cannot be known: it is made again when somebody wants it.
@@ -304,6 +305,17 @@ func (s *Store) remakeInfo(ctx context.Context, id ID) (*meta, error) {
 		m.Size += treeUsage(s.path(id, treeDir))
 	}
 	return m, nil
+}
+
+// fits says whether the ID can be that of the tar, as far as it names one.
+func (id ID) fits(t *rereadTar) bool {
+	switch id[0] {
+	case 'd':
+		return string(id) == "d"+t.diffID.Encoded()+belowVariant(t.answers)
+	case 'r':
+		return strings.HasPrefix(string(id), "r"+t.diffID.Encoded()+"-")
+	}
+	return true
 }
 
 // replaceInfo puts a synced info in the place of the one that is there.

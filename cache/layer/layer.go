@@ -5,7 +5,8 @@
 // A layer has one of two forms, and may have both. In tar form it is one uncompressed tar beside a small EROFS
 // image that holds only metadata and points into the tar; the kernel mounts the pair as it is, so nothing is ever
 // unpacked. In tree form it is a directory: what a step left in its overlay upper directory, taken over by
-// rename. Every layer has an index.Index. A third state, held, exists only in memory (Draft.Hold).
+// rename. Every layer has an index.Index. A layer may also be remote: known, with its bytes elsewhere until somebody needs
+// them (remote.go). A fourth state, held, exists only in memory (Draft.Hold).
 //
 // On disk, below the store's directory:
 //
@@ -36,6 +37,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -57,6 +59,8 @@ const (
 	FormTar  = "tar"
 	FormTree = "tree"
 	FormHeld = "held"
+	// FormRemote is a layer whose bytes are elsewhere: Mount and all others that need them bring it here.
+	FormRemote = "remote"
 )
 
 // Info describes a layer.
@@ -64,14 +68,25 @@ type Info struct {
 	ID ID
 	// DiffID is the digest of the layer's tar; "" as long as it has none.
 	DiffID digest.Digest
-	// TarSize is the length of that tar in bytes; 0 as long as it has none.
+	// TarSize is the length of that tar in bytes; 0 as long as it has none, or it is remote and nobody has said.
 	TarSize int64
-	// Content is the digest of the layer's index: what is in it, whatever its form (index.Index.Digest).
+	// Content is the digest of the layer's index: what is in it, whatever its form (index.Index.Digest); "" for a remote
+	// layer without one.
 	Content digest.Digest
 	// Size is what the layer occupies on disk, in bytes; 0 for a held one.
 	Size int64
-	// Form is how the layer is mounted: FormTar, FormTree or FormHeld.
+	// Form is how the layer is mounted: FormTar, FormTree or FormHeld; or FormRemote.
 	Form string
+	// Where says, of a remote layer, how to bring it here; nil for any other.
+	Where *Where
+}
+
+// Where says how a remote layer can be brought here.
+type Where struct {
+	// Origins are where its bytes are, as AddRemote was told, the latest first.
+	Origins []string
+	// Below is what it lies on: it is needed too.
+	Below []ID
 }
 
 // Files is a Tree whose regular files can be read.
@@ -105,6 +120,8 @@ type Store struct {
 	probe func() StoreInfo
 	used  func(ID)          // see OnUse
 	added func(bytes int64) // see OnAdd
+	fetch Fetch             // see OnFetch
+	slots chan struct{}     // full when no more tars may arrive at once
 
 	mu     sync.Mutex
 	metas  map[ID]*meta
@@ -115,8 +132,9 @@ type Store struct {
 	// treeUses counts, for a layer in tree form, the Mounts without their Unmount.
 	treeUses map[ID]int
 	hopeless map[ID]error // layers whose info is lost
-	all      bool         // metas has every layer on disk
-	gone     int          // deletions so far
+	fetches  map[ID]*fetching
+	all      bool // metas has every layer on disk
+	gone     int  // deletions so far
 	closed   bool
 
 	boot    boot
@@ -130,13 +148,18 @@ type Store struct {
 type meta struct {
 	ID      ID            `json:"id"`
 	DiffID  digest.Digest `json:"diffID,omitempty"`
-	Content digest.Digest `json:"content"`
+	Content digest.Digest `json:"content,omitempty"`
 	Size    int64         `json:"size"`
 	// Tar and Tree say which forms are there. A layer with both is mounted as a tree.
 	Tar  bool `json:"tar,omitempty"`
 	Tree bool `json:"tree,omitempty"`
 	// TarSize is the length of layer.tar.
 	TarSize int64 `json:"tarSize,omitempty"`
+	// Remote says that no form is there. Chain is what the layer lies on, Origins where its bytes are. There is an index if Content
+	// is set.
+	Remote  bool     `json:"remote,omitempty"`
+	Chain   []ID     `json:"chain,omitempty"`
+	Origins []string `json:"origins,omitempty"`
 	// Extracted is what the directory beside a tar occupies that was extracted because the tar could not be mounted.
 	Extracted int64 `json:"extracted,omitempty"`
 	// Below is what the layers below answered while the tar was read: the same tar over other answers makes
@@ -153,11 +176,15 @@ type meta struct {
 
 func (m *meta) info() Info {
 	form := FormTree
-	if m.Tar && !m.Tree {
+	var where *Where
+	switch {
+	case m.Remote:
+		form, where = FormRemote, &Where{Origins: m.Origins, Below: m.Chain}
+	case m.Tar && !m.Tree:
 		form = FormTar
 	}
 	return Info{
-		ID: m.ID, DiffID: m.DiffID, TarSize: m.TarSize, Content: m.Content, Size: m.Size + m.Extracted, Form: form,
+		ID: m.ID, DiffID: m.DiffID, TarSize: m.TarSize, Content: m.Content, Size: m.Size + m.Extracted, Form: form, Where: where,
 	}
 }
 
@@ -179,7 +206,7 @@ func Open(dir string, opt Options) (*Store, error) {
 	s := &Store{
 		dir: dir, opt: opt, log: opt.Log, fs: opt.FS,
 		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{}, treeUses: map[ID]int{}, hopeless: map[ID]error{},
-		indexing: map[ID]*indexing{},
+		indexing: map[ID]*indexing{}, fetches: map[ID]*fetching{}, slots: make(chan struct{}, fetchSlots),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -245,6 +272,9 @@ func (s *Store) removeAll(path string) {
 func (s *Store) Close() error {
 	s.mu.Lock()
 	s.closed = true
+	for _, f := range s.fetches {
+		f.cancel(errors.New("the store is being closed"))
+	}
 	mounts := s.mounts
 	s.mounts = map[ID]string{}
 	s.mu.Unlock()
@@ -261,7 +291,7 @@ func (s *Store) Close() error {
 
 // valid says whether id has the form of an ID: only those ever become part of a path.
 func (id ID) valid() bool {
-	if len(id) < 2 || len(id) > 128 || id[0] != 'd' && id[0] != 't' && id[0] != 'h' {
+	if len(id) < 2 || len(id) > 128 || !strings.ContainsRune("dthr", rune(id[0])) {
 		return false
 	}
 	for _, c := range id[1:] {
@@ -367,8 +397,18 @@ func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 	if err := s.indexed(ctx, id); err != nil {
 		return nil, err
 	}
-	if _, err := s.meta(id); err != nil {
+	m, err := s.meta(id)
+	if err != nil {
 		return nil, err
+	}
+	if m.Remote {
+		if x := s.remoteIndex(m); x != nil {
+			s.cacheIndex(m, x)
+			return x, nil
+		}
+		if m, err = s.here(ctx, id); err != nil {
+			return nil, err
+		}
 	}
 	b, err := os.ReadFile(s.path(id, indexFile))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -381,8 +421,18 @@ func (s *Store) Index(ctx context.Context, id ID) (*index.Index, error) {
 	if err != nil {
 		return s.healIndex(ctx, id, err)
 	}
-	s.indexes.put(id, x)
+	s.cacheIndex(m, x)
 	return x, nil
+}
+
+// cacheIndex keeps the index of m in memory, unless m is something else by now: a remote layer that has come has another one,
+// which says where in the tar the bytes are.
+func (s *Store) cacheIndex(m *meta, x *index.Index) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now := s.metas[m.ID]; now != nil && now.Remote == m.Remote {
+		s.indexes.put(m.ID, x)
+	}
 }
 
 // OpenFile opens the regular file at path in a layer; nothing is mounted for it. A path that is missing or no
@@ -394,7 +444,7 @@ func (s *Store) OpenFile(ctx context.Context, id ID, path string) (io.ReadCloser
 	if err := s.indexed(ctx, id); err != nil {
 		return nil, err
 	}
-	m, err := s.meta(id)
+	m, err := s.here(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -458,6 +508,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 		return nil
 	}
 	s.cancelIndexing(id)
+	s.cancelFetch(id)
 	defer s.locks.lock(id)()
 	trash, _, err := s.vanish(id, func(ID) bool { return true })
 	if trash != "" {
@@ -570,7 +621,9 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 			return err
 		}
 	}
-	s.indexes.put(m.ID, x)
+	if x != nil { // of a remote layer it may not be known
+		s.indexes.put(m.ID, x)
+	}
 	return nil
 }
 

@@ -158,7 +158,7 @@ func kernelSays(fs int) string {
 
 // Mount returns a directory that shows the layer as overlayfs wants its lower layers: whiteouts are character
 // devices 0:0, opaque directories have the xattr. It must not be written to. A layer mounted before is shared. The
-// directory is good until Unmount. A held layer is written to disk first; a tree that was just committed is there at once.
+// directory is good until Unmount. A held layer is written to disk first, a remote one fetched; a tree that was just committed is there at once.
 func (s *Store) Mount(ctx context.Context, id ID) (dir string, err error) {
 	s.mu.Lock()
 	dir, closed := s.mounts[id], s.closed
@@ -175,8 +175,14 @@ func (s *Store) Mount(ctx context.Context, id ID) (dir string, err error) {
 	if err := s.Ensure(ctx, id); err != nil {
 		return "", err
 	}
+	if _, err := s.here(ctx, id); err != nil {
+		return "", fmt.Errorf("mount: %w", err)
+	}
 	defer s.locks.lock(id)()
 	m, err := s.meta(id)
+	if err == nil && m.Remote {
+		err = fmt.Errorf("layer %s: %w: it was deleted a moment ago", id, ErrNotFound)
+	}
 	if err != nil {
 		return "", fmt.Errorf("mount: %w", err)
 	}

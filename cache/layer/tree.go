@@ -613,7 +613,7 @@ func (s *Store) Pack(ctx context.Context, id ID) (Info, error) {
 	if err := s.Ensure(ctx, id); err != nil {
 		return Info{}, err
 	}
-	m, err := s.meta(id)
+	m, err := s.here(ctx, id)
 	if err != nil || m.Tar {
 		return infoOrNone(m), err
 	}

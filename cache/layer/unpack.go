@@ -28,28 +28,37 @@ var ErrDigest = errors.New("digest does not match")
 
 // FindDiffID returns the layer that Unpack would make of the tar with this diff ID over below, if it is there already.
 func (s *Store) FindDiffID(ctx context.Context, diffID digest.Digest, below index.Tree) (ID, bool) {
-	if err := s.loadAll(); err != nil {
+	found, err := s.withDiffID(diffID)
+	if err != nil {
 		s.log.Warn("layer store: look for layer", "diffID", diffID, "err", err)
 		return "", false
+	}
+	for _, m := range found {
+		if sameBelow(m.Below, below) {
+			return m.ID, true
+		}
+	}
+	return "", false
+}
+
+// withDiffID returns the layers, by ID, that are the tar with this diff ID, but for remote ones.
+func (s *Store) withDiffID(diffID digest.Digest) ([]*meta, error) {
+	if err := s.loadAll(); err != nil {
+		return nil, err
 	}
 	s.mu.Lock()
 	var found []*meta
 	for _, m := range s.metas {
-		if m.DiffID == diffID {
+		if m.DiffID == diffID && !m.Remote {
 			found = append(found, m)
 		}
 	}
 	s.mu.Unlock()
 	slices.SortFunc(found, func(a, b *meta) int { return strings.Compare(string(a.ID), string(b.ID)) })
-	for _, m := range found {
-		if !sameBelow(m.Below, below) {
-			continue
-		}
-		if _, err := s.meta(m.ID); err == nil { // it may have been deleted meanwhile
-			return m.ID, true
-		}
-	}
-	return "", false
+	return slices.DeleteFunc(found, func(m *meta) bool {
+		_, err := s.meta(m.ID) // it may have been deleted meanwhile
+		return err != nil
+	}), nil
 }
 
 // Unpack takes over the uncompressed tar r, byte for byte, as a layer over below (nil for nothing). diffID is
@@ -98,23 +107,31 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 	if err != nil {
 		return "", err
 	}
-	m.Below = u.answers
 	m.ID = ID("d" + m.DiffID.Encoded() + belowVariant(u.answers))
+	if err := s.completeTar(ctx, u, tmp, m, x); err != nil {
+		return "", err
+	}
+	return m.ID, s.install(tmp, m, x, true)
+}
+
+// completeTar makes in tmp what belongs to a layer whose tar is there and has been read by u.
+func (s *Store) completeTar(ctx context.Context, u *unpacker, tmp string, m *meta, x *index.Index) error {
+	m.Below = u.answers
 	if u.scattered {
 		m.Tree = true
 		if err := u.extract(ctx, tmp, x); err != nil {
-			return "", err
+			return err
 		}
 		m.Size = u.treeBytes
 		if err := s.Sync(ctx); err != nil {
-			return "", err
+			return err
 		}
 	}
 	if err := s.finishTar(tmp, m, x); err != nil {
-		return "", err
+		return err
 	}
 	s.add(m.Size)
-	return m.ID, s.install(tmp, m, x, true)
+	return nil
 }
 
 // unpacker is the tree that a tar describes, as far as it has been read.
