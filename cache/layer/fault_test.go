@@ -67,7 +67,7 @@ func indexOfTar(t *testing.T, raw []byte) *index.Index {
 func TestFaults(t *testing.T) {
 	raw, scattered := smallTar(t), scatteredTar(t)
 	rawIndex := indexOfTar(t, raw)
-	fetch := func(_ context.Context, info Info) (io.ReadCloser, error) {
+	fetch := func(_ context.Context, info Info, _ string) (io.ReadCloser, error) {
 		for _, b := range [][]byte{raw, scattered} {
 			if digest.FromBytes(b) == info.DiffID {
 				return io.NopCloser(bytes.NewReader(b)), nil
@@ -180,7 +180,7 @@ func TestFaults(t *testing.T) {
 		}, false},
 		{"pack", func(w *world) error { _, err := w.s.Pack(t.Context(), w.tree); return err }, false},
 		{"remote", func(w *world) error {
-			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(raw), Below: []ID{w.old}, Origin: "here"})
+			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(raw), Below: []ID{w.old}, Origin: "test:here"})
 			if err != nil {
 				return err
 			}
@@ -190,14 +190,14 @@ func TestFaults(t *testing.T) {
 			return w.s.Materialise(t.Context(), id)
 		}, false},
 		{"remote scattered", func(w *world) error {
-			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(scattered)})
+			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(scattered), Origin: "test:here"})
 			if err != nil {
 				return err
 			}
 			return w.s.Materialise(t.Context(), id)
 		}, false},
 		{"forget", func(w *world) error {
-			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(scattered)})
+			id, err := w.s.AddRemote(t.Context(), Remote{DiffID: digest.FromBytes(scattered), Origin: "test:here"})
 			if err != nil {
 				return err
 			}
@@ -217,7 +217,7 @@ func TestFaults(t *testing.T) {
 						if err != nil {
 							t.Fatal(err)
 						}
-						s.OnFetch(fetch)
+						s.OnFetch("test", fetch)
 						return s
 					}
 					var w world

@@ -120,7 +120,7 @@ type Store struct {
 	probe func() StoreInfo
 	used  func(ID)          // see OnUse
 	added func(bytes int64) // see OnAdd
-	fetch Fetch             // see OnFetch
+	fetch map[string]Fetch  // by scheme; see OnFetch
 	slots chan struct{}     // full when no more tars may arrive at once
 
 	mu     sync.Mutex
@@ -206,7 +206,7 @@ func Open(dir string, opt Options) (*Store, error) {
 	s := &Store{
 		dir: dir, opt: opt, log: opt.Log, fs: opt.FS,
 		metas: map[ID]*meta{}, held: map[ID]*heldLayer{}, mounts: map[ID]string{}, treeUses: map[ID]int{}, hopeless: map[ID]error{},
-		indexing: map[ID]*indexing{}, fetches: map[ID]*fetching{}, slots: make(chan struct{}, fetchSlots),
+		indexing: map[ID]*indexing{}, fetches: map[ID]*fetching{}, fetch: map[string]Fetch{}, slots: make(chan struct{}, fetchSlots),
 	}
 	if s.log == nil {
 		s.log = slog.Default()

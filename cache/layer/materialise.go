@@ -3,6 +3,7 @@
 package layer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -22,13 +24,13 @@ import (
 // number of layers of a stack come at once. The parts are put together in a directory below tmp, synced, and renamed into the
 // layer's own: tar, EROFS image and tree, then the index, and last the info, which alone says that they are there.
 
-// Fetch opens the uncompressed tar of a remote layer, from one of info.Where.Origins. The bytes are verified by the store. An error of
-// the stream that wraps ErrDigest says that it was wrong on the way: it is asked for once more. ctx has the values of the one
-// who asked first, so that credentials can be carried by it; it is good until the stream is closed.
-type Fetch func(ctx context.Context, info Info) (io.ReadCloser, error)
+// Fetch opens the uncompressed tar of a remote layer at origin, one of info.Where.Origins. The bytes are verified by the store. An
+// error of the stream that wraps ErrDigest says that it was wrong on the way: it is asked for once more. ctx has the values of
+// the one who asked first, so that credentials can be carried by it; it is good until the stream is closed.
+type Fetch func(ctx context.Context, info Info, origin string) (io.ReadCloser, error)
 
-// OnFetch sets the function by which remote layers are fetched. Without one none can be. Call it before the store is used.
-func (s *Store) OnFetch(fn Fetch) { s.fetch = fn }
+// OnFetch sets the function that fetches from origins which begin with scheme and a colon. Call it before the store is used.
+func (s *Store) OnFetch(scheme string, fn Fetch) { s.fetch[scheme] = fn }
 
 // fetchSlots is how many tars arrive at once: enough for the wire and for every processor.
 var fetchSlots = max(4, runtime.GOMAXPROCS(0))
@@ -165,34 +167,53 @@ func (s *Store) cancelFetch(id ID) {
 
 // materialise makes a tar layer of a remote one.
 func (s *Store) materialise(ctx context.Context, id ID) error {
-	err := s.tryMaterialise(ctx, id)
-	if errors.Is(err, ErrDigest) && ctx.Err() == nil {
-		s.log.Info("layer store: a layer that came damaged is fetched once more", "layer", id, "err", err)
-		if err = s.tryMaterialise(ctx, id); errors.Is(err, ErrDigest) {
-			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
-		}
+	m, err := s.meta(id)
+	if err != nil || !m.Remote {
+		return err
 	}
-	if err == nil {
-		return nil
-	}
-	if cause := context.Cause(ctx); cause != nil {
+	err = s.fromAny(ctx, m)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	}
 	if errors.Is(err, ErrFalseIndex) {
 		s.log.Warn("layer store: a layer is refused", "layer", id, "err", err)
 		err = errors.Join(err, s.Forget(context.WithoutCancel(ctx), id))
 	}
-	return fmt.Errorf("fetch layer %s: %w", id, err)
+	if err != nil {
+		return fmt.Errorf("fetch layer %s: %w", id, err)
+	}
+	return nil
 }
 
-func (s *Store) tryMaterialise(ctx context.Context, id ID) error {
-	m, err := s.meta(id)
-	if err != nil || !m.Remote {
-		return err
+// fromAny brings a layer here from the first of its origins that gives it.
+func (s *Store) fromAny(ctx context.Context, m *meta) error {
+	var failed []error
+	for _, origin := range m.Origins {
+		err := s.from(ctx, m, origin)
+		if errors.Is(err, ErrDigest) && ctx.Err() == nil {
+			s.log.Info("layer store: a layer that came damaged is fetched once more", "layer", m.ID, "err", err)
+			err = s.from(ctx, m, origin)
+		}
+		var bad *originError
+		if err == nil || !errors.As(err, &bad) || ctx.Err() != nil {
+			return err
+		}
+		failed = append(failed, err)
 	}
-	if s.fetch == nil {
-		return fmt.Errorf("%w: nobody knows how", ErrUnavailable)
+	if len(failed) == 0 {
+		return fmt.Errorf("%w: nobody has said where it is", ErrUnavailable)
 	}
+	return errors.Join(failed...)
+}
+
+// originError is that of an origin: another one may do better.
+type originError struct{ cause error }
+
+func (e *originError) Error() string   { return fmt.Sprintf("%v: %v", ErrUnavailable, e.cause) }
+func (e *originError) Unwrap() []error { return []error{ErrUnavailable, e.cause} }
+
+// from brings a layer here from one place.
+func (s *Store) from(ctx context.Context, m *meta, origin string) error {
 	tmp, err := s.newTmp()
 	if err != nil {
 		return err
@@ -204,12 +225,12 @@ func (s *Store) tryMaterialise(ctx context.Context, id ID) error {
 		u.below = below
 	}
 	u.fs = s.fs
-	now := &meta{ID: id, Tar: true, DiffID: m.DiffID}
-	if now.TarSize, err = s.takeRemote(ctx, m, u, tmp, below); err != nil {
+	now := &meta{ID: m.ID, Tar: true, DiffID: m.DiffID}
+	if now.TarSize, err = s.takeRemote(ctx, m, origin, u, tmp, below); err != nil {
 		return err
 	}
 	items, err := u.items()
-	if err := errors.Join(below.failed(), err); err != nil {
+	if err := cmp.Or(below.failed(), err); err != nil {
 		return err
 	}
 	x, err := indexOf(items)
@@ -228,7 +249,7 @@ func (s *Store) tryMaterialise(ctx context.Context, id ID) error {
 }
 
 // takeRemote copies the tar of a remote layer to tmp while it arrives.
-func (s *Store) takeRemote(ctx context.Context, m *meta, u *unpacker, tmp string, below *awaited) (size int64, err error) {
+func (s *Store) takeRemote(ctx context.Context, m *meta, origin string, u *unpacker, tmp string, below *awaited) (size int64, err error) {
 	select {
 	case s.slots <- struct{}{}:
 	case <-ctx.Done():
@@ -237,9 +258,14 @@ func (s *Store) takeRemote(ctx context.Context, m *meta, u *unpacker, tmp string
 	// Whoever waits for another layer must not keep it from coming.
 	below.release = sync.OnceFunc(func() { <-s.slots })
 	defer below.release()
-	rc, err := s.fetch(ctx, m.info())
+	scheme, _, _ := strings.Cut(origin, ":")
+	fetch := s.fetch[scheme]
+	if fetch == nil {
+		return 0, &originError{fmt.Errorf("nobody can fetch from %q", origin)}
+	}
+	rc, err := fetch(ctx, m.info(), origin)
 	if err != nil {
-		return 0, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return 0, &originError{err}
 	}
 	defer rc.Close()
 	var r io.Reader = arriving{rc}
@@ -247,11 +273,11 @@ func (s *Store) takeRemote(ctx context.Context, m *meta, u *unpacker, tmp string
 		r = io.LimitReader(r, m.TarSize+1)
 	}
 	size, diffID, err := u.take(ctx, s.fs, r, filepath.Join(tmp, tarFile))
-	if err := errors.Join(below.failed(), err); err != nil {
+	if err := cmp.Or(below.failed(), err); err != nil {
 		return 0, err
 	}
 	if diffID != m.DiffID {
-		return 0, fmt.Errorf("%w: the tar's is %s, of %d bytes", ErrDigest, diffID, size)
+		return 0, &originError{fmt.Errorf("%w: the tar's is %s, of %d bytes", ErrDigest, diffID, size)}
 	}
 	return size, nil
 }
@@ -262,7 +288,7 @@ type arriving struct{ io.Reader }
 func (a arriving) Read(p []byte) (int, error) {
 	n, err := a.Reader.Read(p)
 	if err != nil && err != io.EOF {
-		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		err = &originError{err}
 	}
 	return n, err
 }

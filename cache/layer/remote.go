@@ -38,8 +38,8 @@ type Remote struct {
 	Index *index.Index
 	// Below are the layers that it lies on, lowest first. They must be in the store.
 	Below []ID
-	// Origin says where the bytes are, in words of whoever fetches them: it is handed to the function that OnFetch has set. No
-	// secrets: it is written to disk.
+	// Origin says where the bytes are: a scheme, a colon, and words of whoever has set OnFetch for it. "" says nothing. No secrets:
+	// it is written to disk.
 	Origin string
 }
 

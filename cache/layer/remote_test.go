@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 
 	"github.com/opencontainers/go-digest"
 
@@ -33,11 +34,11 @@ type elsewhere struct {
 // away returns a store that fetches from the returned place.
 func away(t *testing.T, s *Store) *elsewhere {
 	e := &elsewhere{tars: map[digest.Digest][]byte{}, asked: map[digest.Digest]int{}}
-	s.OnFetch(e.fetch)
+	s.OnFetch("test", e.fetch)
 	return e
 }
 
-func (e *elsewhere) fetch(_ context.Context, info Info) (io.ReadCloser, error) {
+func (e *elsewhere) fetch(_ context.Context, info Info, _ string) (io.ReadCloser, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.asked[info.DiffID]++
@@ -101,6 +102,9 @@ func sized(path string, n int) index.Entry {
 
 func addRemote(t *testing.T, s *Store, r Remote) ID {
 	t.Helper()
+	if r.Origin == "" {
+		r.Origin = "test:somewhere"
+	}
 	id, err := s.AddRemote(t.Context(), r)
 	if err != nil {
 		t.Fatal(err)
@@ -116,16 +120,16 @@ func TestRemote(t *testing.T) {
 		a, aInfo, _ := e.export(t, from, nil, dir("d"), sized("d/f", 100_000))
 		_, bInfo, bIndex := e.export(t, from, newStack(t, from, a), sized("d/g", 5), index.Entry{Path: "d/f", Type: index.Whiteout})
 
-		lower := addRemote(t, s, Remote{DiffID: aInfo.DiffID, TarSize: aInfo.TarSize, Origin: "one"})
-		upper := addRemote(t, s, Remote{DiffID: bInfo.DiffID, Index: bIndex, Below: []ID{lower}, Origin: "one"})
-		if again := addRemote(t, s, Remote{DiffID: aInfo.DiffID, Origin: "two"}); again != lower {
+		lower := addRemote(t, s, Remote{DiffID: aInfo.DiffID, TarSize: aInfo.TarSize, Origin: "test:one"})
+		upper := addRemote(t, s, Remote{DiffID: bInfo.DiffID, Index: bIndex, Below: []ID{lower}, Origin: "test:one"})
+		if again := addRemote(t, s, Remote{DiffID: aInfo.DiffID, Origin: "test:two"}); again != lower {
 			t.Errorf("the same layer is %s and %s", lower, again)
 		}
 		info, err := s.Stat(ctx, lower)
 		if err != nil || info.Form != FormRemote || info.Content != "" || info.DiffID != aInfo.DiffID || info.Size > 16<<10 {
 			t.Errorf("stat: %+v, %v", info, err)
 		}
-		if !slices.Equal(info.Where.Origins, []string{"two", "one"}) {
+		if !slices.Equal(info.Where.Origins, []string{"test:two", "test:one"}) {
 			t.Errorf("origins: %v", info.Where.Origins)
 		}
 		if info, _ := s.Stat(ctx, upper); info.Content != bInfo.Content || info.Form != FormRemote || !slices.Equal(info.Where.Below, []ID{lower}) {
@@ -209,7 +213,7 @@ func TestRemoteReopen(t *testing.T) {
 	id := addRemote(t, s, Remote{DiffID: info.DiffID, Index: x})
 	s.Close()
 	s = open()
-	s.OnFetch(e.fetch)
+	s.OnFetch("test", e.fetch)
 	if got, err := s.Stat(ctx, id); err != nil || got.Form != FormRemote || got.Content != info.Content {
 		t.Errorf("stat: %+v, %v", got, err)
 	}
@@ -323,7 +327,7 @@ func TestRemoteOnce(t *testing.T) {
 	goOn := make(chan struct{})
 	var refuse atomic.Bool
 	type user struct{}
-	s.OnFetch(func(ctx context.Context, info Info) (io.ReadCloser, error) {
+	s.OnFetch("test", func(ctx context.Context, info Info, origin string) (io.ReadCloser, error) {
 		began <- struct{}{}
 		select {
 		case <-goOn:
@@ -333,7 +337,7 @@ func TestRemoteOnce(t *testing.T) {
 		if refuse.Load() && ctx.Value(user{}) == "stranger" {
 			return nil, errors.New("not for strangers")
 		}
-		return e.fetch(ctx, info)
+		return e.fetch(ctx, info, origin)
 	})
 	refuse.Store(true)
 	var wg sync.WaitGroup
@@ -376,7 +380,7 @@ func TestRemoteCancel(t *testing.T) {
 	_, info, _ := e.export(t, from, nil, sized("f", 10))
 	id := addRemote(t, s, Remote{DiffID: info.DiffID})
 	began := make(chan struct{})
-	s.OnFetch(func(ctx context.Context, _ Info) (io.ReadCloser, error) {
+	s.OnFetch("test", func(ctx context.Context, _ Info, _ string) (io.ReadCloser, error) {
 		began <- struct{}{}
 		<-ctx.Done()
 		return nil, context.Cause(ctx)
@@ -446,4 +450,35 @@ func linkTar(t *testing.T) []byte {
 		t.Fatal(err)
 	}
 	return b.Bytes()
+}
+
+// TestRemoteOrigins: an origin that fails, breaks off or gives something else is passed over for the next one.
+func TestRemoteOrigins(t *testing.T) {
+	s, from := openStore(t, Options{NoEROFS: true}), openStore(t, Options{NoEROFS: true})
+	e := away(t, s)
+	_, info, _ := e.export(t, from, nil, sized("f", 10))
+	right := e.tars[info.DiffID]
+	var asked []string
+	s.OnFetch("test", func(_ context.Context, _ Info, origin string) (io.ReadCloser, error) {
+		asked = append(asked, origin)
+		switch origin {
+		case "test:refuses":
+			return nil, errors.New("no")
+		case "test:breaks":
+			return io.NopCloser(io.MultiReader(bytes.NewReader(right[:600]), iotest.ErrReader(io.ErrUnexpectedEOF))), nil
+		case "test:lies":
+			return io.NopCloser(bytes.NewReader(make([]byte, 1024))), nil
+		}
+		return io.NopCloser(bytes.NewReader(right)), nil
+	})
+	id := ID("")
+	for _, origin := range []string{"test:right", "test:lies", "test:breaks", "test:refuses", "unknown:x"} {
+		id = addRemote(t, s, Remote{DiffID: info.DiffID, Origin: origin})
+	}
+	if err := s.Materialise(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"test:refuses", "test:breaks", "test:lies", "test:lies", "test:right"}; !slices.Equal(asked, want) {
+		t.Errorf("asked %v, want %v", asked, want)
+	}
 }
