@@ -82,7 +82,7 @@ func splitResultID(resultID string) (id, kind string, i int, ok bool) {
 	}
 	i, err := strconv.Atoi(parts[2])
 	id = failedPre + parts[0]
-	return id, parts[1], i, err == nil && i >= 0 && validFailedID(id)
+	return id, parts[1], i, err == nil && i >= 0 && strconv.Itoa(i) == parts[2] && validFailedID(id)
 }
 
 func validFailedID(id string) bool {

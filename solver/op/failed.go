@@ -30,7 +30,10 @@ func (s *step) failure(ctx context.Context, err error) error {
 	for i, m := range op.Mounts {
 		mnt := s.mounted[i]
 		if mnt == nil {
-			continue // a cache mount is still where it was; nothing else has files to keep
+			if m.MountType == pb.MountType_CACHE { // what is in it is still where it was; it is found by its first files
+				failed.Inputs[i], failed.Mounts[i] = s.input(m), s.input(m)
+			}
+			continue
 		}
 		failed.Inputs[i] = mnt.Snapshot() // of a context only what is mounted, not all of it
 		failed.Mounts[i] = failed.Inputs[i]
