@@ -9,6 +9,7 @@
 //	layers/     file trees (package layer)
 //	snapshots/  mount points (package snapshot)
 //	records/    the action cache, image names and other facts (package record)
+//	failed/     what failed steps have left, one file each that names the layers
 //	quarantine/ what was found damaged (Check), for whoever wants to know why; nothing reads it
 //
 // What names what: images and records name layers and blobs; nothing that is named is deleted. Work that is

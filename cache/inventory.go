@@ -51,7 +51,7 @@ func (s *Store) takeInventory(ctx context.Context, horizon uint64) (*inventory, 
 	// The order matters to builds that go on meanwhile: what they name is there before the name, so things come first; a
 	// name that comes later is of something whose use is noted.
 	for _, step := range []func(context.Context) error{
-		st.takeBlobs, st.takeLayers, st.takeImages, st.takeKept, st.takeRecords, st.takeSources,
+		st.takeBlobs, st.takeLayers, st.takeImages, st.takeKept, st.takeRecords, st.takeFailed, st.takeSources,
 	} {
 		if err := step(ctx); err != nil {
 			return nil, err

@@ -43,6 +43,8 @@ type unit struct {
 	blobs  []int    // other pieces: its log, a download
 	bytes  int64    // of what a Source has
 	broken bool     // some of its layers are gone: it can never be used again
+	// failed says that it is a failed step, which has no keys; expired that nobody wants to look at that any more.
+	failed, expired bool
 }
 
 // pieces returns all that u names, each once.
@@ -132,6 +134,11 @@ func makePlan(inv *inventory, policies []Policy, now time.Time, free int64) (pla
 	for _, i := range c.ordered(broken) {
 		c.delete(i, "its layers are gone")
 	}
+	for i := range inv.units {
+		if u := &inv.units[i]; u.expired && !u.InUse && !c.gone[i] {
+			c.delete(i, "the files of a failed step are kept for "+FailedStepsFor.String())
+		}
+	}
 	for i, policy := range policies {
 		if err := c.apply(policy, now, free, fmt.Sprintf("rule %d", i+1)); err != nil {
 			return plan{}, err
@@ -178,8 +185,14 @@ func (c *collector) ordered(things []int) []int {
 	return things
 }
 
-// before is that order: least recently used first, of equal ones first what lies on the other.
+// before is that order: failed steps first, then the least recently used, of equal ones first what lies on the other.
 func before(a, b *unit) int {
+	if a.failed != b.failed {
+		if a.failed {
+			return -1
+		}
+		return 1
+	}
 	return cmp.Or(
 		a.LastUsed.Compare(b.LastUsed),
 		cmp.Compare(a.UsageCount, b.UsageCount),

@@ -115,7 +115,11 @@ func (s *Store) carryOut(ctx context.Context, inv *inventory, plan plan, horizon
 	var errs []error
 	for n, i := range plan.units {
 		u, ok := &inv.units[i], true
-		if len(u.keys) == 0 {
+		if u.failed {
+			var err error
+			ok, err = s.removeFailed(u.ID)
+			errs = append(errs, err)
+		} else if len(u.keys) == 0 {
 			var err error
 			ok, err = s.sources[u.source].Remove(ctx, u.ID)
 			errs = append(errs, err)

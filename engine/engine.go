@@ -271,6 +271,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		TempDir:             e.path("tmp"),
 		DefaultNetwork:      opts.Network,
 		DefaultCgroupParent: opts.CgroupParent,
+		KeepFailed:          st.KeepFailed,
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
 	}
@@ -325,6 +326,8 @@ func (e *Engine) openAPIs(opts Options) error {
 		Collect:               e.collectSoon,
 		DiskUsage:             st.DiskUsage,
 		Prune:                 st.Prune,
+		FailedStep:            st.FailedStep,
+		FailedResult:          st.FailedResult,
 		Policies:              policies,
 
 		Entitlements: opts.Entitlements, OwnerEntitled: opts.OwnerEntitled,

@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/moby/buildkit/solver/pb"
+
+	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
 
 // ErrNotFound is wrapped by a Session's errors when the client has nothing of that name.
@@ -15,6 +17,27 @@ var ErrNotFound = errors.New("not found")
 
 // ErrClosed is returned by the methods of a Build that has been closed.
 var ErrClosed = errors.New("the build has been closed")
+
+// FilesError is the error of an op together with the files that were there when it failed, for whoever wants to look at them.
+type FilesError struct {
+	Err error
+	// Inputs are what the op had: of an exec for each of its mounts, of a file op its inputs. Mounts are what there was at the
+	// end: of an exec for each of its mounts, of a file op for each of its actions. Without files an element is empty.
+	Inputs, Mounts []snapshot.Snapshot
+	// InputIDs and MountIDs name those that the store keeps beyond the build, for cache.Store.FailedResult; nil when it keeps none.
+	InputIDs, MountIDs []string
+	// Action is the number of the file action that failed, -1 when it is about none.
+	Action int
+	// Unread is the number of the input that could not be read for the content key, -1 when that was not the trouble. Inputs
+	// has this input alone then.
+	Unread int
+}
+
+// Error is Err's.
+func (e *FilesError) Error() string { return e.Err.Error() }
+
+// Unwrap returns Err.
+func (e *FilesError) Unwrap() error { return e.Err }
 
 // VertexError is why a vertex has no result.
 type VertexError struct {

@@ -215,7 +215,8 @@ func (w *walk) digestInput(n *node, i int) error {
 	env := &Env{
 		Session: b.session, Progress: vertexProgress{b.display, n.vertex}, Pull: b.pull, BuildID: b.id,
 	}
-	d, err := n.entry.op.InputDigest(w.ctx, env, i, n.inputs[i].outputs[n.vertex.Inputs[i].Index])
+	in := n.inputs[i].outputs[n.vertex.Inputs[i].Index]
+	d, err := n.entry.op.InputDigest(w.ctx, env, i, in)
 	if err == nil {
 		n.inputDigests[i] = d
 		return nil
@@ -224,7 +225,7 @@ func (w *walk) digestInput(n *node, i int) error {
 		b.solver.mu.Lock()
 		defer b.solver.mu.Unlock()
 		if !n.state.final() {
-			n.fail(err, nil)
+			n.fail(&FilesError{Err: err, Inputs: []snapshot.Snapshot{in}, Action: -1, Unread: i}, nil)
 		}
 	}
 	return err

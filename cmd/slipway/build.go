@@ -69,9 +69,10 @@ type buildOptions struct {
 	call          string
 	check         bool
 	attestOptions
-	verifyCache bool
-	jobs        int
-	maxMemory   memorySize
+	verifyCache  bool
+	debugOnError bool
+	jobs         int
+	maxMemory    memorySize
 	stepOptions
 }
 
@@ -94,6 +95,7 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.StringSliceVar(&o.noCacheFilter, "no-cache-filter", nil, "run the steps of these stages again")
 	f.BoolVar(&o.pull, "pull", false, "ask the registry even for base images that are here")
 	f.BoolVar(&o.verifyCache, "verify-cache", false, "run what is found in the cache as well, and say what differs (exit status 3)")
+	f.BoolVar(&o.debugOnError, "debug-on-error", false, "when a RUN fails, open a shell in what it has left ('slipway debug' does so later)")
 	f.IntVar(&o.jobs, "jobs", 0, "run so many steps of this build at once (default: the number of processors)")
 	f.Var(&o.maxMemory, "max-memory", "with --standalone: memory for the steps that run at once, like 512m or 2g (default: 80% of the machine's)")
 	f.StringVar(&o.progress, "progress", envOr("BUILDKIT_PROGRESS", "auto"), "auto, plain, tty, quiet or rawjson [$BUILDKIT_PROGRESS]")
@@ -216,7 +218,14 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	}
 	response, warnings, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
 	if err != nil {
-		return a.buildError(ctx, err, tail)
+		why := a.buildError(ctx, err, tail)
+		if o.debugOnError && ctx.Err() == nil {
+			var exit *exitError
+			if failure := a.debugError(ctx, client, o, solve.Ref, err); failure != nil && !errors.As(failure, &exit) {
+				fmt.Fprintf(a.stderr(), "slipway: %v\n", message(failure))
+			}
+		}
+		return why
 	}
 	if mode != progressui.QuietMode && mode != progressui.RawJSONMode {
 		showWarnings(a.stderr(), warnings)

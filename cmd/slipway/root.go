@@ -36,6 +36,7 @@ func commands(a *app) []*cobra.Command {
 		newHistoryCommand(a),
 		newExplainCommand(a),
 		newLogsCommand(a),
+		newDebugCommand(a),
 		newTagCommand(a),
 		newRmiCommand(a),
 		newPsCommand(a),

@@ -14,6 +14,7 @@ import (
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	controlapi "github.com/moby/buildkit/api/services/control"
+	"github.com/moby/buildkit/solver/errdefs"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -84,7 +85,8 @@ func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRe
 		if !ok {
 			st = status.New(codes.Unknown, err.Error())
 		}
-		rec.Error = proto.CloneOf(st.Proto())
+		failed := FailedStep(st.Proto())
+		rec.Error = recordedError(st.Proto())
 		data, err := proto.Marshal(rec.Error)
 		if err != nil {
 			return err
@@ -93,6 +95,11 @@ func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRe
 			return err
 		}
 		rec.Error.Details = nil
+		if keptStep(failed) != "" {
+			if err := addDetail(rec.Error, &errdefs.Solve{InputIDs: failed.InputIDs, MountIDs: failed.MountIDs}); err != nil {
+				return err
+			}
+		}
 	}
 	stored, shared := map[digest.Digest]digest.Digest{}, []digest.Digest(nil)
 	for _, r := range reports {
@@ -221,7 +228,9 @@ func (s *Server) ListenBuildHistory(req *controlapi.BuildHistoryRequest, stream 
 	if err := stream.SendHeader(metadata.Pairs(timestampKey, time.Now().Format(time.RFC3339Nano))); err != nil {
 		return err
 	}
-	return historyError(s.History.Listen(stream.Context(), req, stream.Send))
+	return historyError(s.History.Listen(stream.Context(), req, func(event *controlapi.BuildHistoryEvent) error {
+		return stream.Send(s.withFailedStep(event))
+	}))
 }
 
 // UpdateBuildHistory implements the Control API. Records are final when they are listed, so there is nothing to finalize

@@ -76,6 +76,10 @@ type Options struct {
 	DiskUsage func(ctx context.Context, filter cache.UsageFilter) ([]cache.Usage, error)
 	// Prune deletes what policies say.
 	Prune func(ctx context.Context, policies []cache.Policy) (cache.Pruned, error)
+	// FailedStep finds what is kept of a failed step, by its ID; FailedResult what it has left, by the names in its error. They
+	// may be nil.
+	FailedStep   func(id string) (*cache.FailedStep, error)
+	FailedResult func(ctx context.Context, resultID string) (snapshot.Snapshot, error)
 	// Policies are by what the engine collects garbage itself.
 	Policies []cache.Policy
 	// Entitlements are what any client may ask for. OwnerEntitled lets a client on this host that is the engine's own user

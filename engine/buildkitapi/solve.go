@@ -86,6 +86,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		AllowFrontend: s.Frontends.check,
 		Solved:        func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
 		Entitlements:  req.entitlements,
+		FailedResult:  s.FailedResult,
 	}, req.opts, req.inputs)
 	if err != nil {
 		solverBuild.Close()

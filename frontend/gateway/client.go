@@ -87,6 +87,8 @@ type Options struct {
 	Solved func(*Reference)
 	// Entitlements are what the client allows its build to ask for.
 	Entitlements []string
+	// FailedResult finds what a failed step has left that the store keeps beyond its build; may be nil.
+	FailedResult func(ctx context.Context, resultID string) (snapshot.Snapshot, error)
 }
 
 // Client is a gateway client for one frontend. It may be used concurrently.
@@ -105,6 +107,10 @@ var _ gwclient.Client = (*Client)(nil)
 type shared struct {
 	Options
 	allowed entitlements
+
+	mu sync.Mutex // guards results
+	// results are the files of failed vertices, by the names that errors have for them.
+	results map[string]snapshot.Snapshot
 }
 
 // New returns the client of a build's outermost frontend, with the options and inputs of the request.
@@ -113,7 +119,7 @@ func New(options Options, opts map[string]string, inputs map[string]*pb.Definiti
 	if err != nil {
 		return nil, err
 	}
-	return (&shared{Options: options, allowed: allowed}).client(opts, inputs), nil
+	return (&shared{Options: options, allowed: allowed, results: map[string]snapshot.Snapshot{}}).client(opts, inputs), nil
 }
 
 // client clones opts because frontends write into what BuildOpts returns.
@@ -199,7 +205,7 @@ func (c *Client) load(ctx context.Context, def *pb.Definition, more []*spb.Polic
 	}
 	edge, err := c.Build.Load(def)
 	if err != nil {
-		return nil, wrapError(err)
+		return nil, c.wrapError(err)
 	}
 	ref := &Reference{shared: c.shared, definition: def, edge: edge, by: c}
 	c.asked.addRef(ref)

@@ -57,10 +57,18 @@ func (c *Client) newContainer(ctx, life context.Context, req gwclient.NewContain
 			Dest: m.Dest, Selector: m.Selector, Readonly: m.Readonly, MountType: m.MountType, Input: int64(pb.Empty),
 			CacheOpt: m.CacheOpt, SecretOpt: m.SecretOpt, SSHOpt: m.SSHOpt,
 		}
-		if m.ResultID != "" {
-			return nil, fmt.Errorf("mount %s: there is no result %q", m.Dest, m.ResultID)
+		if m.ResultID != "" && m.Ref != nil {
+			return nil, fmt.Errorf("mount %s: a reference or the result of a failed step, not both", m.Dest)
 		}
-		if m.Ref != nil {
+		switch {
+		case m.ResultID != "":
+			snap, err := c.result(ctx, m.ResultID)
+			if err != nil {
+				return nil, fmt.Errorf("mount %s: %w", m.Dest, err)
+			}
+			pm.Input = int64(len(spec.Inputs))
+			spec.Inputs = append(spec.Inputs, snap)
+		case m.Ref != nil:
 			snap, err := Snapshot(ctx, m.Ref)
 			if err != nil {
 				return nil, err

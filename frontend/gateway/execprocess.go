@@ -5,7 +5,6 @@ package gateway
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -43,11 +42,9 @@ func (b *Bridge) NewContainer(ctx context.Context, in *gwpb.NewContainerRequest)
 		if m.TmpfsOpt != nil {
 			return nil, grpcstatus.Errorf(codes.Unimplemented, "mount %s: not supported: size of a tmpfs in a frontend's container", m.Dest)
 		}
-		ref, err := b.get(m.ResultID)
-		if err != nil {
-			return nil, fmt.Errorf("mount %s: %w", m.Dest, err)
-		}
-		if ref != nil {
+		if ref, err := b.get(m.ResultID); err != nil {
+			mount.ResultID = m.ResultID // or it is what a failed step has left
+		} else if ref != nil {
 			mount.Ref = ref
 		}
 		req.Mounts = append(req.Mounts, mount)

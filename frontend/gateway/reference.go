@@ -44,7 +44,7 @@ var _ gwclient.Reference = (*Reference)(nil)
 func (r *Reference) Snapshot(ctx context.Context) (snapshot.Snapshot, error) {
 	s, err := r.Build.Result(ctx, r.edge)
 	if err != nil {
-		return nil, wrapError(err)
+		return nil, r.wrapError(err)
 	}
 	r.evaluated.Store(true)
 	return s, nil

@@ -38,6 +38,7 @@ type execOp struct {
 	res      *pb.LinuxResources
 	root     int // index of the root mount
 	outputs  int
+	vertex   *solver.Vertex // nil for a container that is no step
 }
 
 // ExitError is a process that ended as it should not have.
@@ -79,7 +80,7 @@ func withoutUnusedIndexes(op *pb.ExecOp) *pb.ExecOp {
 
 func newExec(d *Deps, caches *CacheMounts, v *solver.Vertex, op *pb.ExecOp) (solver.Op, error) {
 	op = withoutUnusedIndexes(op)
-	e := &execOp{deps: d, caches: caches, op: op, platform: v.Op.Platform, res: v.Meta.GetLinuxResources(), root: -1}
+	e := &execOp{deps: d, caches: caches, op: op, platform: v.Op.Platform, res: v.Meta.GetLinuxResources(), root: -1, vertex: v}
 	if err := checkLinux(e.platform); err != nil {
 		return nil, err
 	}
@@ -409,7 +410,7 @@ func (e *execOp) Run(ctx context.Context, env *solver.Env, inputs []snapshot.Sna
 		return nil, err
 	}
 	if err := s.run(ctx, spec); err != nil {
-		return nil, err
+		return nil, s.failure(ctx, err)
 	}
 	return s.commit(ctx)
 }
@@ -424,6 +425,8 @@ type step struct {
 	secrets string         // directory of the tmpfs with secrets, "" when there is none
 	// sources are the directories on this host behind the bind and cache mounts, by index of the mount.
 	sources map[int]string
+	// mounted are the snapshots behind the root and the bind mounts, by index of the mount.
+	mounted map[int]*snapshot.Mount
 }
 
 // stepOutput is what becomes an output: a mount to commit, or a snapshot as it is.
@@ -578,23 +581,25 @@ func (s *step) environ(ctx context.Context, home string) ([]string, error) {
 
 // mounts makes the root and everything mounted in it. What it makes is undone by cleanup.
 func (s *step) mounts(ctx context.Context) (root string, out []executor.Mount, err error) {
-	s.sources = map[int]string{}
+	s.sources, s.mounted = map[int]string{}, map[int]*snapshot.Mount{}
 	dirs, err := s.cacheDirs(ctx)
 	if err != nil {
 		return "", nil, err
 	}
 	for i, m := range s.op.op.Mounts {
 		if i == s.op.root {
-			if root, err = s.rootMount(ctx, m); err != nil {
+			mnt, err := s.rootMount(ctx, m)
+			if err != nil {
 				return "", nil, err
 			}
+			root, s.mounted[i] = mnt.Path(), mnt
 			continue
 		}
 		var em executor.Mount
 		ok := true
 		switch m.MountType {
 		case pb.MountType_BIND:
-			em, err = s.bindMount(ctx, m)
+			em, s.mounted[i], err = s.bindMount(ctx, m)
 		case pb.MountType_CACHE:
 			em, err = s.cacheMount(m, dirs[i])
 		case pb.MountType_TMPFS:
@@ -635,13 +640,13 @@ func (s *step) mount(ctx context.Context, in snapshot.Snapshot, writable bool) (
 }
 
 // rootMount is writable even when the process sees it read-only, for the mount points.
-func (s *step) rootMount(ctx context.Context, m *pb.Mount) (string, error) {
+func (s *step) rootMount(ctx context.Context, m *pb.Mount) (*snapshot.Mount, error) {
 	mnt, err := s.mount(ctx, s.input(m), true)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	s.output(m, mnt)
-	return mnt.Path(), nil
+	return mnt, nil
 }
 
 // output notes what becomes the mount's output, if it has one.
@@ -655,33 +660,33 @@ func (s *step) output(m *pb.Mount, mnt *snapshot.Mount) {
 	}
 }
 
-func (s *step) bindMount(ctx context.Context, m *pb.Mount) (executor.Mount, error) {
+func (s *step) bindMount(ctx context.Context, m *pb.Mount) (executor.Mount, *snapshot.Mount, error) {
 	in := s.input(m)
 	// The index says where the selector leads, so no symlink is followed on the host. Nobody else can write to the
 	// mount before the container has it.
 	view, err := s.op.deps.Snapshots.View(ctx, in)
 	if err != nil {
-		return executor.Mount{}, err
+		return executor.Mount{}, nil, err
 	}
 	p, err := resolve(view, m.Selector, true)
 	if err != nil {
-		return executor.Mount{}, err
+		return executor.Mount{}, nil, err
 	}
 	if _, ok := view.Lookup(p); !ok {
-		return executor.Mount{}, &NotFoundError{m.Selector}
+		return executor.Mount{}, nil, &NotFoundError{m.Selector}
 	}
 	shown := in
 	if m.Readonly && m.Output == int64(pb.SkipOutput) {
 		if shown, err = s.narrow(ctx, in, view, p); err != nil {
-			return executor.Mount{}, err
+			return executor.Mount{}, nil, err
 		}
 	}
 	mnt, err := s.mount(ctx, shown, !m.Readonly || in == nil)
 	if err != nil {
-		return executor.Mount{}, err
+		return executor.Mount{}, nil, err
 	}
 	s.output(m, mnt)
-	return executor.Mount{Kind: executor.MountBind, Source: filepath.Join(mnt.Path(), p)}, nil
+	return executor.Mount{Kind: executor.MountBind, Source: filepath.Join(mnt.Path(), p)}, mnt, nil
 }
 
 // narrow returns a snapshot that shows the same at path as in. It is another one if in is a layer that is only in memory, a

@@ -378,7 +378,7 @@ func (r *fileRun) make(ctx context.Context, n int) (fileTree, error) {
 		t.files = t.draft
 	}
 	if err := r.apply(ctx, a, t.draft); err != nil {
-		return fileTree{}, err
+		return fileTree{}, r.failure(ctx, n, t, err)
 	}
 	if !a.shared {
 		return t, nil

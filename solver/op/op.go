@@ -6,6 +6,7 @@
 package op
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"strconv"
@@ -15,6 +16,7 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
@@ -53,6 +55,8 @@ type Deps struct {
 	Allowed func(env *solver.Env, entitlement string) bool
 	// BinfmtDir is where the kernel shows its handlers for foreign programs; "" means where it does.
 	BinfmtDir string
+	// KeepFailed keeps what a failed process has left, as cache.Store.KeepFailed does; nil keeps nothing.
+	KeepFailed func(context.Context, *cache.FailedStep) error
 	// Now is the clock for files that a build makes; nil means time.Now.
 	Now func() time.Time
 
