@@ -328,14 +328,18 @@ func TestEscapeBySwap(t *testing.T) {
 						default:
 							os.MkdirAll(filepath.Join(next, "a"), 0o755)
 						}
+						time.Sleep(time.Millisecond) // slower than the walk of a path, faster than the start of a container
 						if unix.Renameat2(unix.AT_FDCWD, next, unix.AT_FDCWD, p, unix.RENAME_EXCHANGE) != nil {
 							os.Rename(next, p)
 						}
 					}
 				})
 			}
-			started := 0
-			for i := range 25 {
+			want, started := 8, 0
+			if standard {
+				want = 1 // it refuses most
+			}
+			for i := 0; started < want && i < 200; i++ { // some are refused
 				s := spec(rootfs, "for d in /a/b /a/c/d; do test -e $d/mounted || echo missing $d; done; test -e "+outside+"/marker && echo OUTSIDE; true")
 				s.ID = fmt.Sprintf("swap-%d", i)
 				s.Cwd = "/w/x/y"
@@ -355,7 +359,6 @@ func TestEscapeBySwap(t *testing.T) {
 			}
 			close(stop)
 			swapping.Wait()
-			t.Logf("%d of 25 containers started", started)
 			if started == 0 {
 				t.Error("no container started: nothing was tried")
 			}
