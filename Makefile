@@ -73,6 +73,7 @@ lint: deps-build ## go vet, staticcheck, gofumpt
 
 torture: build deps-test ## kill slipway and store workers at random points, and check what is left (5 minutes)
 	@mkdir -p $(TMP) && dir=$$(mktemp -d $(TMP)/torture.XXXXXX) && \
+	SLIPWAY_TEST_STEPS=1000 $(GO) test ./executor/runc -run TestNothingIsLeftByMany -count=1 && \
 	$(GO) run ./cache/cachetest/torture -runs 200 -builds 60 -slipway $(BIN) -root $$dir; status=$$?; rm -rf $$dir; exit $$status
 
 bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 15 GB of disk, 20 minutes); writes .tmp/bench

@@ -268,7 +268,7 @@ func (s *setup) pivot() error {
 		return err
 	}
 	if cwd := s.plan.Cwd; cwd != "" {
-		if err := os.MkdirAll(cwd, 0o755); err != nil {
+		if err := makeDirs(cwd); err != nil {
 			return err
 		}
 	}
@@ -280,6 +280,44 @@ func (s *setup) pivot() error {
 	}
 	unix.Umask(0o022)
 	return nil
+}
+
+// openDir opens a directory of the container. Links of /proc that lead to what a process has open are not followed: ours may
+// lead to places that the container has no other way to (CVE-2024-21626).
+func openDir(path string) (int, error) {
+	return unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_MAGICLINKS,
+	})
+}
+
+// makeDirs makes a directory of the container and those above it, as far as they are missing.
+func makeDirs(path string) error {
+	dir, err := openDir(path)
+	if err == nil {
+		return unix.Close(dir)
+	}
+	if errors.Is(err, unix.ELOOP) {
+		return workingDirectoryError(path, err)
+	}
+	return os.MkdirAll(path, 0o755)
+}
+
+// changeDir makes a directory of the container the working directory.
+func changeDir(path string) error {
+	dir, err := openDir(path)
+	if err != nil {
+		return workingDirectoryError(path, err)
+	}
+	defer unix.Close(dir)
+	if err := unix.Fchdir(dir); err != nil {
+		return workingDirectoryError(path, err)
+	}
+	return nil
+}
+
+// workingDirectoryError has libcontainer's words, which classify looks for.
+func workingDirectoryError(path string, err error) error {
+	return fmt.Errorf("chdir to cwd (%q) set in config.json failed: %w", path, err)
 }
 
 // reopenNull replaces standard streams that are the host's /dev/null by the container's.
@@ -332,10 +370,10 @@ func (s *setup) loadFilter() error {
 // becomeUser gives up what the container's process must not have. System calls are made raw: only this thread goes on.
 func (s *setup) becomeUser() error {
 	cwdDone := false
-	if err := unix.Chdir(s.plan.Cwd); err == nil {
+	if err := changeDir(s.plan.Cwd); err == nil {
 		cwdDone = true
 	} else if !errors.Is(err, os.ErrPermission) { // the user may be allowed to where we are not
-		return fmt.Errorf("chdir to cwd (%q) set in config.json failed: %w", s.plan.Cwd, err)
+		return err
 	}
 	if err := s.findHome(); err != nil {
 		return err
@@ -359,8 +397,8 @@ func (s *setup) becomeUser() error {
 		return err
 	}
 	if !cwdDone {
-		if err := unix.Chdir(s.plan.Cwd); err != nil {
-			return fmt.Errorf("chdir to cwd (%q) set in config.json failed: %w", s.plan.Cwd, err)
+		if err := changeDir(s.plan.Cwd); err != nil {
+			return err
 		}
 	}
 	// What getcwd calls unreachable would be outside of the container.

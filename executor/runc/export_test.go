@@ -16,3 +16,12 @@ func RunnerPID(r *Runc) int {
 	}
 	return r.runner.pid
 }
+
+// RunnerFile is the runner's executable.
+func RunnerFile(t interface{ Fatal(...any) }, r *Runc) string {
+	path, err := runnerPath(r.opts.StateDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

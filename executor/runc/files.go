@@ -65,7 +65,7 @@ func hostsFile(s executor.Spec, hostname string, ip, gateway netip.Addr, hostFil
 // writeFiles writes the generated files of a container into dir and returns where they belong. A nil resolvConf
 // leaves the image's own in place.
 func writeFiles(dir, hostname string, hosts, resolvConf []byte) ([]generatedFile, error) {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
 	var files []generatedFile

@@ -293,7 +293,9 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	runctest.RemoveInside()
+	os.Exit(code)
 }
 
 func engine(dir, rootfs string) error {

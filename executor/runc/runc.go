@@ -100,7 +100,8 @@ func New(opts Options) (*Runc, error) {
 		return nil, fmt.Errorf("executor: remove what an earlier run left: %w", err)
 	}
 	for _, dir := range []string{r.containersDir(), r.filesDir()} {
-		if err := os.MkdirAll(dir, 0o711); err != nil {
+		// For nobody else: what a container writes into its own files, and makes set-user-ID, other users must not reach.
+		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("executor: %w", err)
 		}
 	}

@@ -100,6 +100,43 @@ func buildRunner() (string, error) {
 	return path, os.Rename(tmp, path)
 }
 
+var inside struct {
+	once sync.Once
+	path string
+	err  error
+}
+
+// Inside puts the test program runctest/inside into a root file system, as /bin/inside, and returns its path on the host. It is
+// built once for a process.
+func Inside(t testing.TB, rootfs string) string {
+	t.Helper()
+	inside.once.Do(func() { inside.path, inside.err = buildInside() })
+	if inside.err != nil {
+		t.Fatalf("build the test program: %v", inside.err)
+	}
+	if err := copyFile(filepath.Join(rootfs, "bin/inside"), inside.path); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(rootfs, "bin/inside")
+}
+
+func buildInside() (string, error) {
+	path := filepath.Join(os.TempDir(), fmt.Sprintf("slipway-inside-for-tests-%d-%d", os.Getuid(), os.Getpid()))
+	cmd := exec.Command("go", "build", "-o", path, "github.com/seed-68981b69/slipway/executor/runc/runctest/inside")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w\n%s", err, out)
+	}
+	return path, nil
+}
+
+// RemoveInside removes what Inside has built. Call it at the end of a TestMain.
+func RemoveInside() {
+	if inside.path != "" {
+		os.Remove(inside.path)
+	}
+}
+
 // Applets are the commands in Rootfs.
 var Applets = []string{
 	"sh", "cat", "echo", "true", "false", "env", "id", "pwd", "ls", "sleep", "kill", "nc", "wget", "mkdir", "rm",
