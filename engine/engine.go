@@ -364,7 +364,11 @@ func (e *Engine) openAPIs(opts Options) error {
 		Dir:      e.root,
 		Version:  Version,
 		Info: func() [][2]string {
-			return [][2]string{{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()}}
+			return [][2]string{
+				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
+				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
+				{"driver-type", "io.containerd.snapshotter.v1"},
+			}
 		},
 		Log: e.log,
 	})
