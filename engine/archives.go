@@ -4,6 +4,7 @@ package engine
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -140,25 +141,41 @@ func (a *archives) Load(ctx context.Context, r io.Reader, platform *ocispec.Plat
 	return nil
 }
 
+// load takes one image out of an archive: for the platform asked for, or for every platform that the archive has it for.
 func (a *archives) load(ctx context.Context, archive *transport.Archive, img transport.Named, platform *ocispec.Platform, loaded func(string)) error {
-	p := image.DefaultPlatform()
+	wanted := []ocispec.Platform{image.DefaultPlatform()}
 	if platform != nil {
-		p = *platform
-	}
-	// Documents are kept as they are read: the store names them by their digests.
-	found, err := image.Find(img.Root.Digest.String(), img.Root.Digest, p, func(d ocispec.Descriptor) ([]byte, error) {
-		raw, err := archive.Document(d.Digest)
+		wanted = []ocispec.Platform{*platform}
+	} else if raw, err := archive.Document(img.Root.Digest); err == nil {
+		there, attestations, err := contents(archive, raw)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		_, err = a.store.Blobs.PutBytes(ctx, d.MediaType, raw)
-		return raw, err
-	})
-	if err != nil {
-		return err
+		if len(there) > 0 {
+			wanted = there
+		}
+		for _, desc := range attestations {
+			if err := a.loadAttestation(ctx, archive, desc); err != nil {
+				return fmt.Errorf("attestation %s: %w", desc.Digest, err)
+			}
+		}
 	}
-	if _, err := a.puller.Layers(ctx, archiveOrigin{archive}, "archive "+img.Root.Digest.String(), found, -1, nil); err != nil {
-		return err
+	for _, p := range wanted {
+		// Documents are kept as they are read: the store names them by their digests.
+		found, err := image.Find(img.Root.Digest.String(), img.Root.Digest, p, func(d ocispec.Descriptor) ([]byte, error) {
+			raw, err := archive.Document(d.Digest)
+			if err != nil {
+				return nil, err
+			}
+			_, err = a.store.Blobs.PutBytes(ctx, d.MediaType, raw)
+			return raw, err
+		})
+		if err != nil {
+			return err
+		}
+		if _, err := a.puller.Layers(ctx, archiveOrigin{archive}, "archive "+img.Root.Digest.String(), found, -1, nil); err != nil {
+			return err
+		}
 	}
 	names := img.Names
 	if len(names) == 0 {
@@ -178,6 +195,49 @@ func (a *archives) load(ctx context.Context, archive *transport.Archive, img tra
 		}
 	}
 	return nil
+}
+
+// contents are the platforms that an index lists and the archive has, and the attestations of images that go with them; nothing for what is no index.
+func contents(archive *transport.Archive, raw []byte) (there []ocispec.Platform, attestations []ocispec.Descriptor, err error) {
+	var index ocispec.Index
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return nil, nil, fmt.Errorf("index: %w", err)
+	}
+	for _, d := range index.Manifests {
+		if _, err := archive.Document(d.Digest); err != nil {
+			continue // archives of one platform keep the whole index
+		}
+		switch {
+		case d.Annotations["vnd.docker.reference.type"] == "attestation-manifest":
+			attestations = append(attestations, d)
+		case d.Platform != nil && d.Annotations["vnd.docker.reference.type"] == "":
+			there = append(there, *d.Platform)
+		}
+	}
+	return there, attestations, nil
+}
+
+// loadAttestation keeps an attestation manifest with its statements, without which the image's index could not be pushed.
+func (a *archives) loadAttestation(ctx context.Context, archive *transport.Archive, desc ocispec.Descriptor) error {
+	raw, err := archive.Document(desc.Digest)
+	if err != nil {
+		return err
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return err
+	}
+	for _, d := range append(m.Layers, m.Config) {
+		r, err := archive.Open(ctx, d)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(a.store.Blobs.Put(ctx, r, d), r.Close()); err != nil {
+			return err
+		}
+	}
+	_, err = a.store.Blobs.PutBytes(ctx, desc.MediaType, raw)
+	return err
 }
 
 // archiveOrigin gives the blobs of an archive to a Puller.

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	nethttp "net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -292,6 +293,9 @@ func (e *Engine) openAPIs(opts Options) error {
 	if err != nil {
 		return err
 	}
+	images := imageexporter.New(imageexporter.Deps{
+		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,
+	})
 	e.buildkit, err = buildkitapi.New(buildkitapi.Options{
 		Solver: solver.New(solver.Options{
 			Layers: st.Layers, Records: sweepingRecords{st.Records, st.SweepSoon}, Blobs: st.Blobs, NewOp: newOp,
@@ -312,9 +316,8 @@ func (e *Engine) openAPIs(opts Options) error {
 		Sources:    func(source *pb.SourceOp) (solver.Source, error) { return op.NewSource(opDeps, source) },
 		Containers: op.NewContainers(opDeps),
 		Exporters: exporter.Types{
-			"image": imageexporter.New(imageexporter.Deps{
-				Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,
-			}),
+			"image":     images,
+			"moby":      images, // what docker's clients call the image store of the engine that they are clients of
 			"oci":       ocilayout.New(ocilayout.OCI, layouts),
 			"docker":    ocilayout.New(ocilayout.Docker, layouts),
 			"local":     localexporter.New(files),
@@ -360,10 +363,15 @@ func (e *Engine) openAPIs(opts Options) error {
 		Registry: &remotes{store: st, registry: remote, puller: puller, pusher: pusher, synced: e.syncer.request},
 		Archives: &archives{store: st, layers: layerBlobs, puller: puller, dir: e.path("tmp"), synced: e.syncer.request},
 		Executor: e.executor,
+		Builder:  builder{e},
 		Dir:      e.root,
 		Version:  Version,
 		Info: func() [][2]string {
-			return [][2]string{{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()}}
+			return [][2]string{
+				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
+				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
+				{"driver-type", "io.containerd.snapshotter.v1"},
+			}
 		},
 		Log: e.log,
 	})
@@ -467,6 +475,19 @@ func (e *Engine) Close() error {
 		return fmt.Errorf("close engine: %w", err)
 	}
 	return nil
+}
+
+// builder gives connections that docker's clients have made through the Docker API to BuildKit's.
+type builder struct{ engine *Engine }
+
+func (b builder) ServeGRPC(conn net.Conn) {
+	if !b.engine.server.grpcConns.put(conn) {
+		conn.Close()
+	}
+}
+
+func (b builder) ServeSession(ctx context.Context, w nethttp.ResponseWriter, r *nethttp.Request) error {
+	return b.engine.buildkit.ServeSession(ctx, w, r)
 }
 
 // sweeping deletes what nothing names any more after an image was deleted, in the background.

@@ -72,6 +72,8 @@ func TestMain(m *testing.M) {
 //	await-mount DIR            waits until something is mounted below DIR
 //	[!] buildctl [ARG...]      BuildKit's own client, which is built when it is needed first, against the script's engine, which is
 //	                           started when none runs; without arguments it makes things ready, and "exec buildctl … &" works from there on
+//	[!] buildx [ARG...]        the same with docker buildx, against a builder "sw" of the driver "remote"; as "docker buildx", too, and as what
+//	                           "docker build" is. It takes minutes to build where Go's cache has nothing of it; where it cannot be had the script is skipped
 //
 // Conditions: [root] and [overlay] (overlayfs and namespaces may be used), [skopeo] and [busybox] (installed). The store is
 // $SLIPWAY_ROOT. When a script ends its engine is stopped; what the engine leaves behind (a mount, a process, an interface, a table, a
@@ -112,6 +114,7 @@ func TestScript(t *testing.T) {
 			"tmpfs":          scriptTmpfs,
 			"as-nobody":      scriptAsNobody,
 			"buildctl":       scriptBuildctl,
+			"buildx":         scriptBuildx,
 			"certs":          scriptCerts,
 			"no-mounts":      scriptNoMounts,
 			"await-mount":    scriptAwaitMount,
@@ -603,6 +606,30 @@ func scriptBuildctl(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if len(args) > 0 {
 		checkOutcome(ts, neg, ts.Exec("buildctl", args...))
+	}
+}
+
+// scriptBuildx runs docker buildx with the script's own engine as its builder and as the docker to load images into.
+func scriptBuildx(ts *testscript.TestScript, neg bool, args []string) {
+	program, err := buildctltest.Buildx()
+	if err != nil {
+		ts.Value(scriptTB{}).(testing.TB).Skipf("docker buildx cannot be had: SKIPPED: %v", err)
+	}
+	if path := ts.Getenv("PATH"); !strings.Contains(path, filepath.Dir(program)) {
+		ts.Setenv("PATH", path+string(os.PathListSeparator)+filepath.Dir(program))
+		plugins := filepath.Join(ts.Getenv("DOCKER_CONFIG"), "cli-plugins")
+		ts.Check(os.MkdirAll(plugins, 0o700))
+		ts.Check(os.Symlink(program, filepath.Join(plugins, filepath.Base(program))))
+		a := &app{root: ts.Getenv("SLIPWAY_ROOT")}
+		if _, err := a.daemonPID(context.Background()); err != nil {
+			ts.Check(ts.Exec("slipway", "ps")) // any client starts the engine
+		}
+		ts.Setenv("DOCKER_HOST", "unix://"+a.socket())
+		ts.Check(ts.Exec("docker-buildx", "create", "--name", "sw", "--driver", "remote", "unix://"+a.socket()))
+		ts.Setenv("BUILDX_BUILDER", "sw")
+	}
+	if len(args) > 0 {
+		checkOutcome(ts, neg, ts.Exec("docker-buildx", args...))
 	}
 }
 

@@ -65,6 +65,13 @@ func parseAttests(opts map[string]string) (attests, error) {
 	if err != nil {
 		return attests{}, err
 	}
+	for kind, attrs := range parsed {
+		// docker buildx says again what the name of the attribute says.
+		if typ, ok := attrs["type"]; ok && typ != kind {
+			return attests{}, fmt.Errorf("attestation %s: type=%s", kind, typ)
+		}
+		delete(attrs, "type")
+	}
 	var a attests
 	if attrs, ok := parsed[attestations.KeyTypeProvenance]; ok {
 		o, err := provenance.ParseOptions(attrs)

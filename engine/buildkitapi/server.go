@@ -12,6 +12,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -338,4 +339,10 @@ func (s *Server) Session(stream controlapi.Control_SessionServer) error {
 		}
 	}()
 	return s.sessions.HandleConn(ctx, conn, opts)
+}
+
+// ServeSession takes over the connection of an HTTP request as a client's session, which is how docker's clients offer theirs. It returns
+// when the session has ended, and fails when the request is not one for a session.
+func (s *Server) ServeSession(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
+	return s.sessions.HandleHTTPRequest(ctx, w, r)
 }

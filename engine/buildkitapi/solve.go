@@ -90,6 +90,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	}, req.opts, req.inputs)
 	if err != nil {
 		solverBuild.Close()
+		s.builds.refuse(in.Ref)
 		return nil, err
 	}
 	if req.clientFrontend {
@@ -172,6 +173,10 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if err != nil {
 		return nil, err
 	}
+	if isAnswer(res) {
+		// docker buildx bake --check asks with the outputs of its targets: an empty image must not take the place of a real one.
+		return frontendMetadata(res.Metadata), nil
+	}
 	early := s.begin(ctx, session, req, made.origin.Solver, res)
 	result, err := evaluate(ctx, made.origin.Solver, res)
 	early.built()
@@ -205,12 +210,32 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	for _, exported := range made.responses {
 		maps.Copy(response, exported)
 	}
-	for key, value := range result.Metadata {
+	maps.Copy(response, frontendMetadata(result.Metadata))
+	return response, nil
+}
+
+// isAnswer recognises the result of a sub-request (outline, targets, lint): words, and no files that an output could be made of.
+func isAnswer(res *gwclient.Result) bool {
+	if res.Ref != nil || len(res.Refs) > 0 {
+		return false
+	}
+	for key := range res.Metadata {
+		if strings.HasPrefix(key, "result.") {
+			return true
+		}
+	}
+	return false
+}
+
+// frontendMetadata is what a frontend wants the client to be told.
+func frontendMetadata(metadata map[string][]byte) map[string]string {
+	response := map[string]string{}
+	for key, value := range metadata {
 		if strings.HasPrefix(key, "frontend.") {
 			response[key] = string(value)
 		}
 	}
-	return response, nil
+	return response
 }
 
 // evaluate solves all references of a frontend's result.

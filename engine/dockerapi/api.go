@@ -43,6 +43,8 @@ type Options struct {
 	// Archives may be nil: then images cannot be saved or loaded.
 	Archives Archives
 	Executor executor.Executor
+	// Builder may be nil: then docker's clients cannot build.
+	Builder Builder
 	// Dir is where containers and volumes are kept, in directories of those names.
 	Dir string
 	// Version is ours, as /version tells it.
@@ -230,6 +232,14 @@ func (s *Server) route(r *request, path string) error {
 	case "info":
 		if method == http.MethodGet {
 			return s.info(r)
+		}
+	case "grpc":
+		if method == http.MethodPost && rest == "" && s.Builder != nil {
+			return s.grpc(r)
+		}
+	case "session":
+		if method == http.MethodPost && rest == "" && s.Builder != nil {
+			return s.session(r)
 		}
 	case "auth":
 		if method == http.MethodPost {

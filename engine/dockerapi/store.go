@@ -149,8 +149,9 @@ func (s *storeImages) size(ctx context.Context, snap snapshot.Snapshot) (int64, 
 	return sum, nil
 }
 
+// Tag goes by the manifest or index: several of them can have one config, and so one ID.
 func (s *storeImages) Tag(ctx context.Context, img Image, name string) error {
-	return s.images.Tag(ctx, img.ID.String(), name)
+	return s.images.Tag(ctx, img.Target.Digest.String(), name)
 }
 
 func (s *storeImages) Untag(ctx context.Context, name string) error {

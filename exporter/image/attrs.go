@@ -91,6 +91,9 @@ func parseAttrs(given map[string]string) (attrs, error) {
 			if on, err = ParseBool(value); on {
 				return attrs{}, NotSupported(key, value)
 			}
+		case "prefer-image-digest":
+			// For buildx itself, which digest to tell its user; it leaves it in.
+			_, err = ParseBool(value)
 		case "buildinfo", "buildinfo-attrs":
 			// Build information is no longer part of images (BuildKit v0.12 and later ignore these, too).
 		default:

@@ -61,6 +61,9 @@ func (a *attrs) set(key, value string) (err error) {
 		a.artifact, err = image.ParseArtifact(value)
 	case exptypes.OptKeyForceInlineAttestations:
 		a.inline, err = image.ParseBool(value)
+	case "prefer-image-digest":
+		// For buildx itself, which digest to tell its user; it leaves it in.
+		_, err = image.ParseBool(value)
 	case exptypes.OptKeyPreferNondistLayers:
 		if on, err = image.ParseBool(value); on {
 			return image.NotSupported(key, value)
