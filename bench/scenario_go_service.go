@@ -48,11 +48,9 @@ func main() {
 )
 
 var goCold = &scenario{
-	name:       "go-cold",
-	about:      "A Go service in two stages, on an empty store: the base image (the toolchain, 250 MB) comes from an OCI layout, and the standard library is compiled as well.",
-	floorAbout: "the compiler alone, with an empty cache of its own",
-	prepare:    func(ctx context.Context, b *bench) error { return b.prepareGo(ctx, "") },
-	floor:      func(_ context.Context, b *bench) error { return b.compile("") },
+	name:    "go-cold",
+	about:   "A Go service in two stages, on an empty store: the base image (the toolchain, 250 MB) comes from an OCI layout, and the standard library is compiled as well.",
+	prepare: func(ctx context.Context, b *bench) error { return b.prepareGo(ctx, "") },
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
 		if _, ok := p.(archiver); !ok {
 			return nil, nil
