@@ -42,6 +42,11 @@ func (b *bench) stateDir(name string) string {
 
 // coldBuilding makes a builder ready that begins every run with an empty state, whose daemon runs already.
 func coldBuilding(dir func(*bench) string) func(context.Context, *bench, peer) (*contestant, error) {
+	return coldBuildingOf(func(b *bench) build { return build{dir: dir(b), tag: "bench"} })
+}
+
+// coldBuildingOf is that for any build.
+func coldBuildingOf(one func(*bench) build) func(context.Context, *bench, peer) (*contestant, error) {
 	return func(_ context.Context, bn *bench, p peer) (*contestant, error) {
 		bp, ok := p.(builder)
 		if !ok {
@@ -64,7 +69,7 @@ func coldBuilding(dir func(*bench) string) func(context.Context, *bench, peer) (
 				return err
 			},
 			run: func(_ context.Context, c *calls) error {
-				return c.do(o.build(build{dir: dir(bn), tag: "bench"}))
+				return c.do(o.build(one(bn)))
 			},
 			after: func(context.Context) error { return end() },
 			daemons: func() []int {

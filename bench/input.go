@@ -106,6 +106,26 @@ func (b *bench) bigTree() (string, error) {
 	return dir, nil
 }
 
+// randomFiles writes n files of size bytes that cannot be compressed.
+func (b *bench) randomFiles(dir string, n, size int) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	r := b.random("files")
+	buf := make([]byte, size)
+	for i := range n {
+		_, _ = r.Read(buf)
+		path := filepath.Join(dir, fmt.Sprintf("f%04d", i))
+		if err := os.WriteFile(path, buf, 0o644); err != nil {
+			return err
+		}
+		if err := os.Chtimes(path, inputTime, inputTime); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // changeOne gives one file of the big tree other bytes, of the same length.
 func (b *bench) changeOne(n int) error {
 	path := filepath.Join(b.big, "tree", fmt.Sprintf("d%03d", (n+1)%bigDirs), "f007")

@@ -38,7 +38,10 @@ func main() {
 // options are the flags.
 type options struct {
 	scenarios []string
+	curves    []string
 	peers     []string
+	profiles  []string
+	against   string
 	runs      int
 	out, dir  string
 	seed      uint64
@@ -54,6 +57,9 @@ func parseFlags(args []string) (options, error) {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	scenarioNames := f.String("scenario", "all", "measure these comma-separated `names`, or all: "+strings.Join(names(), ", "))
 	peerList := f.String("peers", "found", "compare with these comma-separated `names`, or with all that are found: "+strings.Join(peerNames(), ", "))
+	curveList := f.String("curve", "none", "draw these comma-separated `curves`, all or none: "+strings.Join(curveNames(), ", "))
+	profileList := f.String("profile", "", "take these comma-separated `profiles` of slipway's daemon in each scenario, into the directory of -out: cpu, trace, block, heap")
+	f.StringVar(&o.against, "against", "", "measure another slipway `program` beside ours, as a peer")
 	f.IntVar(&o.runs, "runs", 5, "how often each is measured, after one warm-up")
 	f.StringVar(&o.out, "out", "", "write RESULTS.md and results.json into this `directory`")
 	f.StringVar(&o.dir, "dir", os.TempDir(), "make the scratch directory in this `directory`; it must not be on overlayfs")
@@ -72,15 +78,18 @@ func parseFlags(args []string) (options, error) {
 	if o.runs < 1 {
 		return o, fmt.Errorf("-runs %d: at least 1", o.runs)
 	}
-	if *scenarioNames == "all" {
-		o.scenarios = names()
-	} else {
-		o.scenarios = strings.Split(*scenarioNames, ",")
+	var err error
+	if o.scenarios, err = pick("-scenario", *scenarioNames, names()); err != nil {
+		return o, err
 	}
-	for _, n := range o.scenarios {
-		if !slices.Contains(names(), n) {
-			return o, fmt.Errorf("-scenario %s: not one of %s", n, strings.Join(names(), ", "))
-		}
+	if o.curves, err = pick("-curve", *curveList, curveNames()); err != nil {
+		return o, err
+	}
+	if o.profiles, err = pick("-profile", *profileList, profileNames); err != nil {
+		return o, err
+	}
+	if len(o.profiles) > 0 && o.out == "" {
+		return o, errors.New("-profile: needs -out, where the profiles go")
 	}
 	switch *peerList {
 	case "found":
@@ -95,6 +104,23 @@ func parseFlags(args []string) (options, error) {
 		}
 	}
 	return o, nil
+}
+
+// pick is the comma-separated list of a flag: "all", "none" or "", or some of the known names.
+func pick(flag, list string, known []string) ([]string, error) {
+	switch list {
+	case "all":
+		return known, nil
+	case "none", "":
+		return nil, nil
+	}
+	picked := strings.Split(list, ",")
+	for _, n := range picked {
+		if !slices.Contains(known, n) {
+			return nil, fmt.Errorf("%s %s: not one of %s", flag, n, strings.Join(known, ", "))
+		}
+	}
+	return picked, nil
 }
 
 func run(ctx context.Context, args []string) (err error) {
@@ -113,6 +139,11 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	if _, err := os.Stat(o.slipway); err != nil {
 		return fmt.Errorf("-slipway: %w ('make build' makes it)", err)
+	}
+	if o.against != "" {
+		if o.against, err = filepath.Abs(o.against); err != nil {
+			return err
+		}
 	}
 	if o.build {
 		if err := buildPeers(); err != nil {
@@ -139,6 +170,14 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 		page.add(result)
 		fmt.Print(result.table())
+	}
+	for _, name := range o.curves {
+		d, err := b.draw(ctx, curves[slices.Index(curveNames(), name)])
+		if err != nil {
+			return fmt.Errorf("curve %s: %w", name, err)
+		}
+		page.curves = append(page.curves, d)
+		fmt.Print(d.table())
 	}
 	if o.out != "" {
 		if err := page.write(o.out); err != nil {

@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -24,9 +26,10 @@ type bench struct {
 	peers []peer // slipway first
 	moved int    // things moved away so far
 
-	big    string // the tree of 50,000 files, once it is made
-	dir    string // input of the scenario that is measured now
-	states int    // state directories made so far
+	big      string // the tree of 50,000 files, once it is made
+	goLayout string // the base image of the Go service, once it is made
+	dir      string // input of the scenario that is measured now
+	states   int    // state directories made so far
 }
 
 // sample is one measured run.
@@ -48,11 +51,11 @@ type measured struct {
 	PeakMemory int64 `json:"peak_memory_bytes"`
 }
 
-// calls are the programs that a run starts.
+// calls are the programs that a run starts, one after the other or at the same time.
 type calls struct {
-	mu  sync.Mutex // guards pid and cpu
-	pid int        // of the one that runs now
-	cpu time.Duration
+	mu   sync.Mutex   // guards pids and cpu
+	pids map[int]bool // of those that run now
+	cpu  time.Duration
 }
 
 // do runs a program to its end. What it printed is in the error, if there is one.
@@ -68,11 +71,14 @@ func (c *calls) do(cmd *exec.Cmd) error {
 		return err
 	}
 	c.mu.Lock()
-	c.pid = cmd.Process.Pid
+	if c.pids == nil {
+		c.pids = map[int]bool{}
+	}
+	c.pids[cmd.Process.Pid] = true
 	c.mu.Unlock()
 	err := cmd.Wait()
 	c.mu.Lock()
-	c.pid = 0
+	delete(c.pids, cmd.Process.Pid)
 	if u, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 		c.cpu += time.Duration(u.Utime.Nano() + u.Stime.Nano())
 	}
@@ -86,10 +92,7 @@ func (c *calls) do(cmd *exec.Cmd) error {
 func (c *calls) running() []int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.pid == 0 {
-		return nil
-	}
-	return []int{c.pid}
+	return slices.Collect(maps.Keys(c.pids))
 }
 
 func tail(b []byte) []byte {
@@ -174,6 +177,11 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 		}
 	}
 	r.loadAfter = loadAverage()
+	if len(b.profiles) > 0 {
+		if err := b.profile(ctx, s, all[0]); err != nil {
+			return nil, fmt.Errorf("profile: %w", err)
+		}
+	}
 	return r, nil
 }
 

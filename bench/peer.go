@@ -48,24 +48,37 @@ type runner interface {
 	ready(ctx context.Context, b *bench, dir string) (call func() *exec.Cmd, daemons func() []int, close func() error, err error)
 }
 
-// build is one build of the Dockerfile in dir.
+// build is one build of the Dockerfile in dir. Without a tag and an output it only fills the cache.
 type build struct {
 	dir, tag string
 	noCache  bool
+	// base is the directory of an OCI layout with the image that the Dockerfile calls "base"; "" when it has none. Only an archiver knows it.
+	base string
 	// output is what is made instead of an image in the local store, in the words that slipway and BuildKit share: "type=oci,…". Only an
 	// archiver knows it.
 	output string
 }
 
-// archiver is a builder that can make archives.
+// archiver is a builder that can make archives, and build from them.
 type archiver interface {
 	builder
 	archives()
 }
 
+// keeper is an open state that can say and delete what it keeps.
+type keeper interface {
+	builds
+	du() *exec.Cmd
+	prune() *exec.Cmd
+}
+
 // allPeers are all there are. Slipway is always there and first.
 func allPeers(o options) []peer {
-	return []peer{&slipway{path: o.slipway}, &buildkit{}, &buildah{}, &runcPeer{}}
+	peers := []peer{&slipway{label: "slipway", what: "this tree", path: o.slipway, debug: len(o.profiles) > 0}}
+	if o.against != "" {
+		peers = append(peers, &slipway{label: "against", what: o.against, path: o.against})
+	}
+	return append(peers, &buildkit{}, &buildah{}, &runcPeer{}, &podman{}, &docker{})
 }
 
 func peerNames() []string {
@@ -80,7 +93,7 @@ func peerNames() []string {
 func (b *bench) findPeers(ctx context.Context) error {
 	found := len(b.options.peers) > 0 && b.options.peers[0] == "found"
 	for i, p := range allPeers(b.options) {
-		wanted := i == 0 || slices.Contains(b.options.peers, p.name())
+		wanted := i == 0 || p.name() == "against" || slices.Contains(b.options.peers, p.name())
 		if !wanted && !found {
 			continue
 		}

@@ -67,15 +67,27 @@ func (o *buildkitBuilds) build(b build) *exec.Cmd {
 		"--addr", "unix://" + o.socket, "build", "--progress", "plain", "--frontend", "dockerfile.v0",
 		"--local", "context=" + b.dir, "--local", "dockerfile=" + b.dir,
 	}
-	if b.output != "" {
+	switch {
+	case b.output != "":
 		args = append(args, "--output", b.output)
-	} else {
+	case b.tag != "":
 		args = append(args, "--output", "type=image,name="+b.tag)
 	}
 	if b.noCache {
 		args = append(args, "--no-cache")
 	}
+	if b.base != "" {
+		args = append(args, "--oci-layout", "base="+b.base, "--opt", "context:base=oci-layout://base@"+layoutDigest(b.base))
+	}
 	return exec.Command(o.ctl, args...)
+}
+
+func (o *buildkitBuilds) du() *exec.Cmd {
+	return exec.Command(o.ctl, "--addr", "unix://"+o.socket, "du")
+}
+
+func (o *buildkitBuilds) prune() *exec.Cmd {
+	return exec.Command(o.ctl, "--addr", "unix://"+o.socket, "prune", "--all")
 }
 
 func (o *buildkitBuilds) daemons() []int { return []int{o.daemon.pid()} }

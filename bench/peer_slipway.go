@@ -13,19 +13,22 @@ import (
 
 // slipway is what is measured: its own daemon, its own command line, default options.
 type slipway struct {
-	path string
-	what string
-	jobs bool // its daemon has --jobs
+	label string
+	path  string
+	what  string
+	debug bool // daemons serve profiles, at debugSocket
+	jobs  bool // its daemon has --jobs
+
+	debugSocket string // of the daemon that was started last
 }
 
-func (s *slipway) name() string    { return "slipway" }
+func (s *slipway) name() string    { return s.label }
 func (s *slipway) version() string { return s.what }
 func (s *slipway) help() *exec.Cmd { return exec.Command(s.path, "--help") }
 
 func (s *slipway) find(ctx context.Context) bool {
 	out, err := exec.CommandContext(ctx, s.path, "daemon", "--help").Output()
 	s.jobs = strings.Contains(string(out), "--jobs")
-	s.what = "this tree"
 	return err == nil
 }
 
@@ -37,6 +40,10 @@ func (s *slipway) open(ctx context.Context, dir string, jobs int) (builds, error
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
+	}
+	if s.debug {
+		s.debugSocket = filepath.Join(dir, "debug")
+		args = append(args, "--debugaddr", "unix://"+s.debugSocket)
 	}
 	var err error
 	o.daemon, err = startDaemon(ctx, filepath.Join(dir, "log"), o.socket, s.path, args...)
@@ -74,16 +81,25 @@ func (s *slipway) archives() {}
 
 func (o *slipwayBuilds) build(b build) *exec.Cmd {
 	args := []string{"build", "--progress", "plain"}
-	if b.output != "" {
+	switch {
+	case b.output != "":
 		args = append(args, "-o", b.output)
-	} else {
+	case b.tag != "":
 		args = append(args, "-t", b.tag)
+	default:
+		args = append(args, "-o", "type=cacheonly")
 	}
 	if b.noCache {
 		args = append(args, "--no-cache")
 	}
+	if b.base != "" {
+		args = append(args, "--build-context", "base=oci-layout://"+b.base)
+	}
 	return o.command(append(args, b.dir)...)
 }
+
+func (o *slipwayBuilds) du() *exec.Cmd    { return o.command("cache", "du") }
+func (o *slipwayBuilds) prune() *exec.Cmd { return o.command("cache", "prune", "--all") }
 
 func (o *slipwayBuilds) daemons() []int { return []int{o.daemon.pid()} }
 func (o *slipwayBuilds) close() error   { return o.daemon.stop() }

@@ -127,6 +127,9 @@ func (r *result) table() string {
 	if p := r.find(r.planted); p != nil {
 		fmt.Fprintf(&w, " The planted slowdown shows as %s a step (fastest runs).", seconds(r.seenPlant(p)))
 	}
+	if s.rest != "" {
+		fmt.Fprintf(&w, "\n\nWhere the time goes: %s", s.rest)
+	}
 	w.WriteString("\n")
 	return w.String()
 }
@@ -153,6 +156,7 @@ type page struct {
 	bench   *bench
 	began   time.Time
 	results []*result
+	curves  []*drawn
 }
 
 func newPage(b *bench) *page { return &page{bench: b, began: time.Now()} }
@@ -176,7 +180,18 @@ func (p *page) write(dir string) error {
 		w.WriteString(r.table())
 		data[r.scenario.name] = r
 	}
-	raw, err := json.MarshalIndent(data, "", "  ")
+	lines := map[string]*drawn{}
+	for _, d := range p.curves {
+		w.WriteString(d.table())
+		lines[d.curve.name] = d
+		if err := os.WriteFile(filepath.Join(dir, d.plotName()), []byte(d.svg()), 0o644); err != nil {
+			return err
+		}
+	}
+	raw, err := json.MarshalIndent(struct {
+		Scenarios map[string]*result `json:"scenarios"`
+		Curves    map[string]*drawn  `json:"curves"`
+	}{data, lines}, "", "  ")
 	if err != nil {
 		return err
 	}

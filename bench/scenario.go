@@ -12,6 +12,8 @@ type scenario struct {
 	name string
 	// about says what is measured; it is printed above the table.
 	about string
+	// rest says where the time goes that slipway takes, from a profile, and what it would take to remove it.
+	rest string
 	// floorAbout says what the floor does.
 	floorAbout string
 	// goal is how many times faster than BuildKit DESIGN.md wants us; 0 is no such goal.
@@ -49,8 +51,9 @@ type contestant struct {
 
 // scenarios are all there are, in the order of the page.
 var scenarios = []*scenario{
-	noopSmall, noop50k, contextCold, contextOneChange, chain60, fanout8, runTrue, cliStart, daemonStart,
+	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, fanout8, copyFrom, concurrent2, concurrent8,
 	exportPlain, exportGzip, exportZstd, exportAgain,
+	goCold, goChange, goMounts, runTrue, cliStart, daemonStart, idle, du, prune,
 }
 
 func names() []string {

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"time"
+)
+
+// keptSteps is how many steps are in the caches that du and prune look at, made by keptBuilds builds.
+const (
+	keptSteps  = 1000
+	keptBuilds = 10
+)
+
+var du = &scenario{
+	name:       "du",
+	about:      fmt.Sprintf("du of a cache of %d COPY steps.", keptSteps),
+	floorAbout: "one start of a small static program",
+	steps:      keptSteps,
+	prepare:    prepareKept,
+	floor:      execFloor,
+	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
+		o, err := b.kept(ctx, p, b.stateDir(p.name()))
+		if o == nil || err != nil {
+			return nil, err
+		}
+		return &contestant{
+			name: p.name(), daemons: o.daemons, close: o.close,
+			run: func(_ context.Context, c *calls) error { return c.do(o.du()) },
+		}, nil
+	},
+}
+
+var prune = &scenario{
+	name:    "prune",
+	about:   fmt.Sprintf("A cache of %d COPY steps is deleted, by one call of the command line. Every run has its own copy of that cache.", keptSteps),
+	goal:    20,
+	steps:   keptSteps,
+	prepare: prepareKept,
+	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
+		filled := b.stateDir(p.name())
+		o, err := b.kept(ctx, p, filled)
+		if o == nil || err != nil {
+			return nil, err
+		}
+		if err := o.close(); err != nil {
+			return nil, err
+		}
+		o = nil
+		state := b.stateDir(p.name() + "-copy")
+		end := func() error {
+			if o == nil {
+				return nil
+			}
+			err := o.close()
+			o = nil
+			return errors.Join(err, b.moveAway(state))
+		}
+		return &contestant{
+			name: p.name(), close: end,
+			before: func(ctx context.Context) error {
+				if err := runQuietly(ctx, exec.Command("cp", "-a", filled, state)); err != nil {
+					return err
+				}
+				opened, err := p.(builder).open(ctx, state, 0)
+				if err == nil {
+					o = opened.(keeper)
+				}
+				return err
+			},
+			run:   func(_ context.Context, c *calls) error { return c.do(o.prune()) },
+			after: func(context.Context) error { return end() },
+			daemons: func() []int {
+				if o == nil {
+					return nil
+				}
+				return o.daemons()
+			},
+		}, nil
+	},
+}
+
+// idle is about its column of memory.
+var idle = &scenario{
+	name:    "idle",
+	about:   fmt.Sprintf("The memory of the daemon when nothing has happened for a while, after builds of %d steps: only the peak of the memory means something, the time is a wait.", keptSteps),
+	prepare: prepareKept,
+	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
+		o, err := b.kept(ctx, p, b.stateDir(p.name()))
+		if o == nil || err != nil {
+			return nil, err
+		}
+		return &contestant{
+			name: p.name(), daemons: o.daemons, close: o.close,
+			run: func(context.Context, *calls) error {
+				time.Sleep(200 * time.Millisecond)
+				return nil
+			},
+		}, nil
+	},
+}
+
+func prepareKept(_ context.Context, b *bench) error {
+	for i := range keptBuilds {
+		err := b.writeInput(b.keptDir(i), map[string]string{
+			"file": fmt.Sprintln(i),
+			"Dockerfile": "FROM scratch\n" + repeat(keptSteps/keptBuilds, func(k int) string {
+				return fmt.Sprintf("COPY file /%d/%d\n", i, k)
+			}),
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) keptDir(i int) string { return filepath.Join(b.dir, fmt.Sprint("build-", i)) }
+
+// kept is a peer's state with the steps in it; nil when the peer has none that can be asked.
+func (b *bench) kept(ctx context.Context, p peer, dir string) (keeper, error) {
+	bp, ok := p.(builder)
+	if !ok {
+		return nil, nil
+	}
+	opened, err := bp.open(ctx, dir, 0)
+	if err != nil {
+		return nil, err
+	}
+	o, ok := opened.(keeper)
+	if !ok {
+		return nil, opened.close()
+	}
+	for i := range keptBuilds {
+		if err := runQuietly(ctx, o.build(build{dir: b.keptDir(i)})); err != nil {
+			return nil, errors.Join(err, o.close())
+		}
+	}
+	return o, nil
+}
