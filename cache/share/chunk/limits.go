@@ -12,3 +12,8 @@ const (
 	maxPathBytes = 4096
 	maxXattrs    = 64 << 10 // of one file, names and values
 )
+
+const (
+	maxStream = 1 << 40
+	maxID     = 1<<32 - 2 // 2^32-1 is no owner
+)
