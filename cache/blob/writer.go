@@ -15,9 +15,14 @@ import (
 	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/fsys"
 )
+
+// flushBytes is how much is written between two requests to the kernel to begin bringing it to the disk: the fsync at the end
+// waits for the rest only.
+const flushBytes = 32 << 20
 
 // resumePrefix begins the names of the ingests that Resume can go on with.
 const resumePrefix = "resume-"
@@ -33,6 +38,8 @@ type Writer struct {
 	alg  digest.Algorithm
 	size int64
 	done bool
+	// flushed is how much the kernel has been asked to bring to the disk.
+	flushed int64
 }
 
 // Writer starts a blob whose digest is not known yet.
@@ -100,6 +107,11 @@ func (w *Writer) Write(p []byte) (int, error) {
 	n, err := w.f.Write(p)
 	w.hash.Write(p[:n])
 	w.size += int64(n)
+	if file, ok := w.f.(*os.File); ok && w.size-w.flushed >= flushBytes {
+		// Only to begin: trouble shows in the fsync.
+		_ = unix.SyncFileRange(int(file.Fd()), w.flushed, w.size-w.flushed, unix.SYNC_FILE_RANGE_WRITE)
+		w.flushed = w.size
+	}
 	return n, err
 }
 

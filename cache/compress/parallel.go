@@ -34,7 +34,10 @@ type block struct {
 }
 
 func newBlockPool(sizeBytes int) *sync.Pool {
-	return &sync.Pool{New: func() any { return &block{in: make([]byte, sizeBytes)} }}
+	// What cannot be compressed becomes a little longer. Room for it costs nothing until it is used; a buffer that grows does.
+	return &sync.Pool{New: func() any {
+		return &block{in: make([]byte, sizeBytes), out: buffer{make([]byte, 0, sizeBytes+sizeBytes/64)}}
+	}}
 }
 
 // run reads r to its end. There is always a last block, if an empty one.

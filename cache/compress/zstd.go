@@ -36,8 +36,9 @@ func writeZstd(ctx context.Context, w io.Writer, r io.Reader, level, workers int
 	p := pipeline{
 		pool: zstdBlocks, workers: workers,
 		newWorker: func() (func(*block) error, error) {
+			// No frame is longer than the window, so that a larger one would only be memory.
 			z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithZeroFrames(true),
-				zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)))
+				zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithWindowSize(zstdBlock), zstd.WithLowerEncoderMem(true))
 			if err != nil {
 				return nil, fmt.Errorf("zstd: %w", err)
 			}

@@ -58,14 +58,16 @@ func createTar(ctx context.Context, fs fsys.FS, path string, items []tarItem, wr
 	if err != nil {
 		return nil, 0, "", err
 	}
+	tail := startFollowing(ctx, path)
 	ctx, cancel := context.WithCancelCause(ctx)
-	out := newSink(f, cancel)
+	out := newSink(f, tail, cancel)
 	err = writeItems(ctx, out, items, writeRoot)
 	cancel(nil)
 	size, diffID, serr := out.close()
 	if serr != nil { // it is also why the rest was canceled
 		err = serr
 	}
+	tail.finish(err)
 	if err != nil {
 		f.Close()
 		return nil, 0, "", err
@@ -352,8 +354,8 @@ type sink struct {
 	err            error // of the write; after running
 }
 
-// newSink starts a sink. cancel is called when a write fails.
-func newSink(w io.Writer, cancel context.CancelCauseFunc) *sink {
+// newSink starts a sink. follower is told what has been written; cancel is called when a write fails.
+func newSink(w io.Writer, follower *tail, cancel context.CancelCauseFunc) *sink {
 	s := &sink{toHash: make(chan *tarBuf, 4), toDisk: make(chan *tarBuf, 4), hash: sha256.New()}
 	s.running.Go(func() {
 		for buf := range s.toHash {
@@ -371,6 +373,7 @@ func newSink(w io.Writer, cancel context.CancelCauseFunc) *sink {
 					cancel(s.err)
 				}
 				done += int64(n)
+				follower.wrote(n)
 			}
 			buf.release()
 			if file != nil && done-flushed >= flushBytes {

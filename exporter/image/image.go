@@ -206,7 +206,8 @@ func (e *imageExporter) Begin(ctx context.Context, r exporter.Result, opts expor
 		if err != nil || !ok {
 			return err
 		}
-		if _, err := e.deps.Layers.Pack(ctx, id); err != nil || !e.attrs.push {
+		if !e.attrs.push {
+			_, err := e.deps.Layers.Pack(ctx, id)
 			return err
 		}
 		group, gctx := errgroup.WithContext(ctx)
@@ -283,8 +284,15 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names [
 	return made.Target, nil
 }
 
-// pack returns a layer as its tar.
+// pack returns a layer as its tar. One that is going to be pushed and has no tar yet is compressed while that is written.
 func (e *imageExporter) pack(ctx context.Context, id layer.ID) (Layer, error) {
+	if e.attrs.push {
+		if info, err := e.deps.Layers.Stat(ctx, id); err == nil && info.DiffID == "" {
+			if _, err := e.compress(ctx, id); err != nil {
+				return Layer{}, err
+			}
+		}
+	}
 	info, err := e.deps.Layers.Pack(ctx, id)
 	if err != nil {
 		return Layer{}, fmt.Errorf("pack layer %s: %w", id, err)

@@ -108,7 +108,7 @@ type Deps struct {
 type Maker struct {
 	deps   Deps
 	memo   compress.Memo
-	making Locks
+	making Locks // by diff ID, and by layer ID while that is not known
 
 	mu       sync.Mutex        // guards verified
 	verified map[layer.ID]bool // tars that this process has read and found good
@@ -128,9 +128,10 @@ type Blob struct {
 	tar layer.ID
 }
 
-// Layer returns the blob of a layer, which is made if it is not there yet.
+// Layer returns the blob of a layer, which is made if it is not there yet. A layer that has no tar yet is packed and compressed at
+// the same time.
 func (m *Maker) Layer(ctx context.Context, id layer.ID, c Compression) (Blob, error) {
-	info, err := m.deps.Layers.Pack(ctx, id)
+	info, err := m.pack(ctx, id, c)
 	if err != nil {
 		return Blob{}, fmt.Errorf("pack layer %s: %w", id, err)
 	}
@@ -174,15 +175,14 @@ func (m *Maker) DiffID(ctx context.Context, diffID digest.Digest, c Compression,
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	tar, sizeBytes, err := m.deps.Layers.OpenTar(ctx, id)
-	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("layer %s: %w", id, err)
-	}
-	defer tar.Close()
 	if c.Kind == compress.None {
-		return ocispec.Descriptor{MediaType: compress.MediaType(compress.None, false), Digest: diffID, Size: sizeBytes}, nil
+		info, err := m.deps.Layers.Pack(ctx, id)
+		if err != nil {
+			return ocispec.Descriptor{}, fmt.Errorf("layer %s: %w", id, err)
+		}
+		return ocispec.Descriptor{MediaType: compress.MediaType(compress.None, false), Digest: diffID, Size: info.TarSize}, nil
 	}
-	desc, err := m.compress(ctx, diffID, tar, c)
+	desc, err := m.compress(ctx, id, diffID, c)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("compress layer %s: %w", diffID, err)
 	}
@@ -239,26 +239,70 @@ func (m *Maker) pulled(diffID digest.Digest, c Compression) (ocispec.Descriptor,
 	return ocispec.Descriptor{}, false, nil
 }
 
-// compress makes a blob. The tar is read once: its own digest is checked on the way, so that a damaged layer cannot leave
-// the machine.
-func (m *Maker) compress(ctx context.Context, diffID digest.Digest, tar io.Reader, c Compression) (ocispec.Descriptor, error) {
+// compress makes a blob of a layer that has a tar. That is read once: a process that does not know yet that it is good finds
+// out on the way, so that a damaged layer cannot leave the machine.
+func (m *Maker) compress(ctx context.Context, id layer.ID, diffID digest.Digest, c Compression) (ocispec.Descriptor, error) {
+	tar, _, err := m.deps.Layers.OpenTar(ctx, id)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer tar.Close()
 	w, err := m.deps.Blobs.Writer(ctx)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	defer w.Close()
+	if err := c.write(ctx, w, m.verify(tar, id, diffID)); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	return m.commit(w, diffID, c)
+}
+
+// pack makes sure that a layer has a tar. While it is written, it is compressed too, if c says so.
+func (m *Maker) pack(ctx context.Context, id layer.ID, c Compression) (layer.Info, error) {
+	info, err := m.deps.Layers.Stat(ctx, id)
+	if err != nil || info.DiffID != "" {
+		return info, err
+	}
+	if c.Kind == compress.None {
+		return m.deps.Layers.Pack(ctx, id)
+	}
+	release, err := m.making.Acquire(ctx, string(id))
+	if err != nil {
+		return layer.Info{}, err
+	}
+	defer release()
+	w, err := m.deps.Blobs.Writer(ctx)
+	if err != nil {
+		return layer.Info{}, err
+	}
+	defer w.Close()
+	info, followed, err := m.deps.Layers.PackWith(ctx, id, func(ctx context.Context, tar io.Reader) error { return c.write(ctx, w, tar) })
+	if err != nil || !followed {
+		return info, err
+	}
+	if _, ok, err := m.known(info.DiffID, c); err != nil || ok {
+		return info, err // the same tar as another layer's
+	}
+	_, err = m.commit(w, info.DiffID, c)
+	return info, err
+}
+
+// write compresses in to w.
+func (c Compression) write(ctx context.Context, w io.Writer, in io.Reader) error {
 	_, _, level := compress.Levels(c.Kind)
 	if c.Level != nil {
 		level = *c.Level
 	}
-	in := verify(tar, diffID)
 	buffered := bufio.NewWriterSize(w, 1<<20)
 	if err := compress.Write(ctx, buffered, in, c.Kind, level); err != nil {
-		return ocispec.Descriptor{}, err
+		return err
 	}
-	if err := buffered.Flush(); err != nil {
-		return ocispec.Descriptor{}, err
-	}
+	return buffered.Flush()
+}
+
+// commit makes what has been written to w the blob of a layer.
+func (m *Maker) commit(w *blob.Writer, diffID digest.Digest, c Compression) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: compress.MediaType(c.Kind, false), Digest: w.Digest(), Size: w.Size()}
 	if err := w.Commit(desc.Size, desc.Digest); err != nil {
 		return ocispec.Descriptor{}, err
@@ -267,13 +311,13 @@ func (m *Maker) compress(ctx context.Context, diffID digest.Digest, tar io.Reade
 	if err := m.memo.Put(diffID, key, desc); err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if key == made(Compression{Kind: c.Kind}) {
-		if _, ok, err := m.memo.Get(diffID, c.Kind); err != nil || ok {
-			return desc, err
-		}
-		return desc, m.memo.Put(diffID, c.Kind, desc)
+	if key != made(Compression{Kind: c.Kind}) {
+		return desc, nil
 	}
-	return desc, nil
+	if _, ok, err := m.memo.Get(diffID, c.Kind); err != nil || ok {
+		return desc, err
+	}
+	return desc, m.memo.Put(diffID, c.Kind, desc)
 }
 
 // Open opens a blob for reading from its beginning. The end is an error if the bytes are not those of its digest; a process
@@ -290,18 +334,26 @@ func (m *Maker) Open(ctx context.Context, b Blob) (io.ReadCloser, error) {
 		_ = tar.Close()
 		return nil, fmt.Errorf("layer %s: its tar has %d bytes, want %d", b.tar, sizeBytes, b.Desc.Size)
 	}
+	if v, ok := m.verify(tar, b.tar, b.Desc.Digest).(*verified); ok {
+		return &unverified{v, tar, sizeBytes}, nil
+	}
+	return tar, nil
+}
+
+// verify returns the tar of a layer as it is if this process has read it before, and else what finds out whether it is good.
+func (m *Maker) verify(tar io.Reader, id layer.ID, diffID digest.Digest) io.Reader {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.verified[b.tar] {
-		return tar, nil
+	if m.verified[id] {
+		return tar
 	}
-	v := verify(tar, b.Desc.Digest)
+	v := verify(tar, diffID)
 	v.good = func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		m.verified[b.tar] = true
+		m.verified[id] = true
 	}
-	return &unverified{v, tar, sizeBytes}, nil
+	return v
 }
 
 // OpenBlob opens a blob of the store. The end is an error if the bytes are not those of its digest.
