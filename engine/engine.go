@@ -41,6 +41,7 @@ import (
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/network"
 	"github.com/seed-68981b69/slipway/executor/runc"
+	"github.com/seed-68981b69/slipway/executor/userns"
 	"github.com/seed-68981b69/slipway/exporter"
 	imageexporter "github.com/seed-68981b69/slipway/exporter/image"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
@@ -141,7 +142,7 @@ type Engine struct {
 	log      *slog.Logger
 	root     string
 	store    *cache.Store
-	network  *network.Network // nil when there is none here
+	network  containerNetwork // nil when there is none here
 	executor *runc.Runc
 	buildkit *buildkitapi.Server
 	docker   *dockerapi.Server
@@ -176,13 +177,16 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 	if e.store, err = cache.Open(ctx, root); err != nil {
 		return nil, err
 	}
-	var networkErr error
-	if e.network, networkErr = network.New(network.Options{Root: root, PoolSize: opts.NetworkPool, DNS: opts.DNS, Log: e.log}); networkErr != nil {
-		e.network = nil
+	networkErr := e.openNetwork(opts)
+	if networkErr != nil {
 		e.log.Warn("containers have no network of their own", "error", networkErr)
 	}
+	runDir := "" // below /run
+	if userns.Inside() {
+		runDir = e.path("executor", "run") // where /run is, if it is there, belongs to root of the host
+	}
 	if e.executor, err = runc.New(runc.Options{
-		StateDir: e.path("executor"), Network: e.network, NetworkError: networkErr, DNS: opts.DNS, Log: e.log,
+		StateDir: e.path("executor"), RunDir: runDir, Network: e.network, NetworkError: networkErr, DNS: opts.DNS, Log: e.log,
 	}); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}

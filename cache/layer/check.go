@@ -217,6 +217,7 @@ func checkTree(ctx context.Context, dir string, want *index.Index, moreDirs bool
 	return nil
 }
 
+// differs says in what two entries differ, "" for nothing. What an ordinary user's tree may not be able to show is not compared.
 func differs(a, b *index.Entry) string {
 	switch {
 	case a.Type != b.Type:
@@ -231,7 +232,7 @@ func differs(a, b *index.Entry) string {
 		return "target"
 	case a.Mode != b.Mode && a.Type != index.Symlink:
 		return "mode"
-	case os.Geteuid() == 0 && (a.UID != b.UID || a.GID != b.GID):
+	case !UserXattrs() && (a.UID != b.UID || a.GID != b.GID):
 		return "owner"
 	case a.Major != b.Major || a.Minor != b.Minor:
 		return "device number"
@@ -239,7 +240,7 @@ func differs(a, b *index.Entry) string {
 		return "hard link"
 	case a.Opaque != b.Opaque:
 		return "opaqueness"
-	case os.Geteuid() == 0 && !maps.Equal(a.Xattrs, b.Xattrs):
+	case !UserXattrs() && !maps.Equal(a.Xattrs, b.Xattrs):
 		return "xattrs"
 	}
 	return ""

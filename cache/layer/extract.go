@@ -21,7 +21,7 @@ import (
 // them. Every path is made by name in the descriptor of its parent, which extract has itself just made as a
 // directory; no symlink is ever followed, wherever the entries come from. fs is told before each of them (fsys.Before).
 func extract(ctx context.Context, fs fsys.FS, dir string, x *index.Index, open func(index.Entry) (io.ReadCloser, error)) error {
-	w := extractor{open: open, root: os.Geteuid() == 0}
+	w := extractor{open: open, root: os.Geteuid() == 0, partial: UserXattrs()}
 	defer w.closeAll()
 	for i := range x.Len() {
 		e := x.At(i)
@@ -49,9 +49,12 @@ func extract(ctx context.Context, fs fsys.FS, dir string, x *index.Index, open f
 }
 
 type extractor struct {
-	open  func(index.Entry) (io.ReadCloser, error)
-	root  bool      // may change owners
-	stack []openDir // from the root to the directory at hand
+	open func(index.Entry) (io.ReadCloser, error)
+	root bool // may change owners
+	// partial says that some things cannot be had: owners that the user namespace does not have, devices, xattrs for root of the
+	// host. Index and tar have them; the tree, which only mounts show, does without.
+	partial bool
+	stack   []openDir // from the root to the directory at hand
 }
 
 type openDir struct {
@@ -142,6 +145,9 @@ func (w *extractor) add(e index.Entry) error {
 	default:
 		err = fmt.Errorf("unknown type %d", e.Type)
 	}
+	if errors.Is(err, unix.EPERM) && w.partial && (e.Type == index.CharDevice || e.Type == index.BlockDevice) {
+		err = unix.Mknodat(parent, name, unix.S_IFREG|0o600, 0) // so that the name is taken, and can have other names
+	}
 	if err != nil {
 		return err
 	}
@@ -164,7 +170,7 @@ func (w *extractor) xattrWhiteout(parent int, name string) error {
 	if err != nil {
 		return fmt.Errorf("mark as a whiteout: %w", err)
 	}
-	_ = unix.Fsetxattr(parent, opaqueXattr(), []byte("x"), 0) // for the kernel; we look at the file
+	_ = unix.Fsetxattr(parent, OpaqueXattr(), []byte("x"), 0) // for the kernel; we look at the file
 	return nil
 }
 
@@ -195,7 +201,7 @@ func (w *extractor) file(parent int, name string, e index.Entry) error {
 // setMetadata sets owner, xattrs, mode and times, in the order in which none undoes another.
 func (w *extractor) setMetadata(dirfd int, name string, e index.Entry) error {
 	if w.root {
-		if err := unix.Fchownat(dirfd, name, int(e.UID), int(e.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		if err := unix.Fchownat(dirfd, name, int(e.UID), int(e.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil && !(w.partial && errors.Is(err, unix.EINVAL)) {
 			return fmt.Errorf("set owner: %w", err)
 		}
 	}
@@ -210,12 +216,12 @@ func (w *extractor) setMetadata(dirfd int, name string, e index.Entry) error {
 		for attr, value := range e.Xattrs {
 			err := unix.Lsetxattr(path, attr, []byte(value), 0)
 			// What this file system or user cannot have is left out, as docker does.
-			if err != nil && !errors.Is(err, unix.ENOTSUP) && !(errors.Is(err, unix.EPERM) && (!w.root || e.Type != index.File)) {
+			if err != nil && !errors.Is(err, unix.ENOTSUP) && !(errors.Is(err, unix.EPERM) && (w.partial || e.Type != index.File)) {
 				return fmt.Errorf("set xattr %q: %w", attr, err)
 			}
 		}
 		if e.Opaque {
-			err := unix.Lsetxattr(path, opaqueXattr(), []byte("y"), 0)
+			err := unix.Lsetxattr(path, OpaqueXattr(), []byte("y"), 0)
 			if errors.Is(err, unix.EPERM) { // root of a user namespace
 				err = unix.Lsetxattr(path, xattrUserOpaque, []byte("y"), 0)
 			}

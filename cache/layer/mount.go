@@ -61,8 +61,8 @@ func (s *Store) probeEROFS() StoreInfo {
 	if s.opt.NoEROFS {
 		return StoreInfo{Reason: "switched off"}
 	}
-	if os.Geteuid() != 0 {
-		return StoreInfo{Reason: "not root"}
+	if UserXattrs() {
+		return StoreInfo{Reason: "the kernel mounts EROFS for root of the host only"}
 	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(s.dir, &fs); err != nil {

@@ -38,9 +38,9 @@ func isOverlayXattr(name string) bool {
 	return strings.HasPrefix(name, xattrOverlay) || strings.HasPrefix(name, xattrUserOverlay)
 }
 
-// opaqueXattr is the name that marks opaque directories for the overlay mounts of this process.
-func opaqueXattr() string {
-	if os.Geteuid() != 0 {
+// OpaqueXattr is the name that marks opaque directories for the overlay mounts of this process.
+func OpaqueXattr() string {
+	if UserXattrs() {
 		return xattrUserOpaque
 	}
 	return xattrOpaque
@@ -49,17 +49,20 @@ func opaqueXattr() string {
 // isOpaqueXattr and isWhiteoutXattr say whether an xattr marks an opaque directory, or an empty file as a whiteout. Those of users do only
 // where there are no others: any step can set them, and the mounts of a privileged engine do not ask for them.
 func isOpaqueXattr(name string) bool {
-	return name == xattrOpaque || name == xattrUserOpaque && !hasTrustedXattrs()
+	return name == xattrOpaque || name == xattrUserOpaque && UserXattrs()
 }
 
 func isWhiteoutXattr(name string) bool {
-	return name == xattrWhiteout || name == xattrUserWhiteout && !hasTrustedXattrs()
+	return name == xattrWhiteout || name == xattrUserWhiteout && UserXattrs()
 }
 
-// hasTrustedXattrs says whether this process is root, and not only inside a user namespace.
-var hasTrustedXattrs = sync.OnceValue(func() bool {
+// UserXattrs says whether overlay mounts of this process mark directories and whiteouts by xattrs of the namespace "user" (overlay's
+// option userxattr): the usual ones are for root of the host, and not for root of a user namespace.
+func UserXattrs() bool { return userXattrs() }
+
+var userXattrs = sync.OnceValue(func() bool {
 	uids, err := os.ReadFile("/proc/self/uid_map")
-	return os.Geteuid() == 0 && err == nil && slices.Equal(strings.Fields(string(uids)), []string{"0", "0", "4294967295"})
+	return os.Geteuid() != 0 || err != nil || !slices.Equal(strings.Fields(string(uids)), []string{"0", "0", "4294967295"})
 })
 
 // whiteoutName returns the name that hides path, in a tar.

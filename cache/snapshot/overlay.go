@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/cache/layer"
 )
 
 // ErrNoOverlay is a system on which this process cannot mount overlays.
@@ -27,6 +29,9 @@ type overlay struct {
 // defaults are: an upper directory must be a layer that stands for itself, readable without overlay's own xattrs.
 func (o overlay) options() []string {
 	opts := []string{"index=off", "metacopy=off", "redirect_dir=off", "xino=off"}
+	if layer.UserXattrs() {
+		opts = []string{"userxattr", "index=off", "metacopy=off", "redirect_dir=nofollow", "xino=off"}
+	}
 	if o.upper != "" {
 		// No fsync reaches the disk: what a step writes is either committed and synced with everything else (record.Store.Sync) or
 		// thrown away.
@@ -42,7 +47,7 @@ func (o overlay) mount(target string) error {
 		err = o.mountClassic(target)
 	}
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("%w: %w (they need root and the kernel's overlay file system)", ErrNoOverlay, err)
+		return fmt.Errorf("%w: %w (they need root, of a user namespace since Linux 5.11, and the kernel's overlay file system)", ErrNoOverlay, err)
 	}
 	if errors.Is(err, unix.EINVAL) && o.upper != "" && onOverlay(o.upper) {
 		return fmt.Errorf("%w: %s is itself on an overlay file system; choose a directory on a disk (--root): %w", ErrNoOverlay, o.upper, err)

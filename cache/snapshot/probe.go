@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/fsys"
+	"github.com/seed-68981b69/slipway/cache/layer"
 )
 
 // The values of Info.Driver.
@@ -52,8 +53,7 @@ func (s *Store) probeOnce() func() Info {
 }
 
 // probeOverlay mounts a tiny overlay with an upper directory where those of steps will be, and replaces a file and a directory in
-// it: what a step leaves must be readable as a layer. (The root of a user namespace can mount one and cannot mark a
-// directory as opaque.) The error says that there is no answer.
+// it: what a step leaves must be readable as a layer. The error says that there is no answer.
 func (s *Store) probeOverlay() (Info, error) {
 	dir, err := s.layers.NewUpper(context.Background())
 	if err != nil {
@@ -96,7 +96,7 @@ func tryOverlay(at func(...string) string) error {
 		return fmt.Errorf("replace a directory in an overlay: %w", err)
 	}
 	var value [1]byte
-	if _, err := unix.Lgetxattr(at("upper", "d"), "trusted.overlay.opaque", value[:]); err != nil || value[0] != 'y' {
+	if _, err := unix.Lgetxattr(at("upper", "d"), layer.OpaqueXattr(), value[:]); err != nil || value[0] != 'y' {
 		return fmt.Errorf("overlay leaves no mark on a directory that is replaced (%w)", err)
 	}
 	return nil

@@ -277,11 +277,12 @@ func (m *Mount) copyRoot(ctx context.Context, upper string) error {
 		}
 	}
 	for name, value := range root.Xattrs {
-		if err := unix.Lsetxattr(upper, name, []byte(value), 0); err != nil {
+		if err := unix.Lsetxattr(upper, name, []byte(value), 0); err != nil && !(layer.UserXattrs() && errors.Is(err, unix.EPERM)) {
 			return &os.PathError{Op: "set " + name + " of", Path: upper, Err: err}
 		}
 	}
-	if err := os.Lchown(upper, int(root.UID), int(root.GID)); err != nil {
+	// An owner that the user namespace does not have stays root.
+	if err := os.Lchown(upper, int(root.UID), int(root.GID)); err != nil && !(layer.UserXattrs() && errors.Is(err, unix.EINVAL)) {
 		return err
 	}
 	if err := unix.Chmod(upper, root.Mode); err != nil {

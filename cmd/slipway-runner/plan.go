@@ -43,13 +43,16 @@ type plan struct {
 	// SyncEarly says that nothing the runner does to the process can hinder its own setting up.
 	SyncEarly bool
 
-	Args            []string
-	Env             []string
-	Cwd             string
-	UID, GID        int
-	Groups          []uint32
-	Caps            capSets
-	NoNewPrivileges bool
+	Args     []string
+	Env      []string
+	Cwd      string
+	UID, GID int
+	Groups   []uint32
+	// BindDevices says that the nodes of /dev are the host's, bound: in a user namespace none can be made. They are then
+	// among Mounts. KeepGroups says that the namespace does not let anybody choose groups.
+	BindDevices, KeepGroups bool
+	Caps                    capSets
+	NoNewPrivileges         bool
 	// Filter is the seccomp program as the kernel has it in memory, none when it is empty.
 	Filter      []byte
 	FilterFlags uint

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"unsafe"
 
+	"github.com/moby/sys/userns"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/specconv"
@@ -22,6 +23,7 @@ import (
 type preparer struct {
 	hierarchies []cgroupHierarchy
 	planning    bool // the kernel can carry plans out
+	inUserNS    bool // we are root of a user namespace only
 
 	mu      sync.Mutex // guards filters
 	filters map[string]*filter
@@ -37,7 +39,7 @@ type filter struct {
 const maxFilters = 64
 
 func newPreparer() *preparer {
-	p := &preparer{planning: kernelCan(), filters: map[string]*filter{}}
+	p := &preparer{planning: kernelCan(), inUserNS: userns.RunningInUserNS(), filters: map[string]*filter{}}
 	var err error
 	if p.hierarchies, err = hostHierarchies(); err != nil {
 		p.planning = false
@@ -54,6 +56,9 @@ func (pr *preparer) prepare(id string, spec *specs.Spec, standard bool) (_ *conf
 	}
 	if pr.planning && !standard {
 		p, err := newPlan(id, spec, pr.filter(spec.Linux.Seccomp), pr.hierarchies)
+		if err == nil && pr.inUserNS {
+			p.inUserNamespace()
+		}
 		if err == nil {
 			if plan, err = p.file(); err != nil {
 				return nil, nil, nil, err
@@ -65,7 +70,9 @@ func (pr *preparer) prepare(id string, spec *specs.Spec, standard bool) (_ *conf
 			return nil, nil, nil, err
 		}
 	}
-	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: id, Spec: spec})
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
+		CgroupName: id, Spec: spec, RootlessCgroups: pr.inUserNS && spec.Linux.CgroupsPath == "",
+	})
 	if err != nil {
 		if plan != nil {
 			plan.Close()

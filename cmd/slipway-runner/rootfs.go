@@ -279,6 +279,9 @@ func (s *setup) makeDev() error {
 	umask := unix.Umask(0)
 	defer unix.Umask(umask)
 	for _, d := range devices {
+		if s.plan.BindDevices {
+			break
+		}
 		if err := unix.Mknodat(dev, d.name, unix.S_IFCHR|0o666, int(unix.Mkdev(d.major, d.minor))); err != nil {
 			return fmt.Errorf("make device %s: %w", d.name, err)
 		}

@@ -465,6 +465,9 @@ func (s *setup) setIDs() error {
 			return fmt.Errorf("standard stream %d: %w", fd, err)
 		}
 	}
+	if s.plan.KeepGroups {
+		return s.setUser()
+	}
 	var groups unsafe.Pointer
 	if len(s.plan.Groups) > 0 {
 		groups = unsafe.Pointer(&s.plan.Groups[0])
@@ -472,6 +475,10 @@ func (s *setup) setIDs() error {
 	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(s.plan.Groups)), uintptr(groups), 0); errno != 0 {
 		return fmt.Errorf("setgroups: %w", errno)
 	}
+	return s.setUser()
+}
+
+func (s *setup) setUser() error {
 	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(s.plan.GID), uintptr(s.plan.GID), uintptr(s.plan.GID)); errno != 0 {
 		return fmt.Errorf("setgid: %w", errno)
 	}

@@ -377,6 +377,9 @@ func (f buildkitdFlag) apply(conf *config.Config, given *pflag.FlagSet) (err err
 
 // serveBuildkitd serves until a signal. Then nothing is left mounted: tools delete the state directory of a buildkitd.
 func (a *app) serveBuildkitd(ctx context.Context, conf *config.Config) error {
+	if needsNamespace() {
+		return a.daemonInside(ctx)
+	}
 	options, err := engineOptions(conf)
 	if err != nil {
 		return err

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/engine"
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // app is what every command shares: the global flags, the streams and the connection to the engine.
@@ -103,7 +104,7 @@ func (a *app) configuredRoot() (string, error) {
 
 // defaultRoot is where state lives when nothing says otherwise.
 func defaultRoot() (string, error) {
-	if os.Geteuid() == 0 {
+	if !ordinaryUser() {
 		return "/var/lib/slipway", nil
 	}
 	if dir := os.Getenv("XDG_DATA_HOME"); dir != "" {
@@ -118,13 +119,18 @@ func defaultRoot() (string, error) {
 
 // runtimeDir is where sockets go that are not kept beside their state.
 func runtimeDir() string {
-	if os.Geteuid() == 0 {
+	if !ordinaryUser() {
 		return "/run/slipway"
 	}
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
 		return filepath.Join(dir, "slipway")
 	}
-	return filepath.Join(os.TempDir(), fmt.Sprintf("slipway-%d", os.Getuid()))
+	return sharedRuntimeDir()
+}
+
+// sharedRuntimeDir is runtimeDir where the system has made none for the user: a place in a directory that others write to, too.
+func sharedRuntimeDir() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("slipway-%d", userID()))
 }
 
 // defaultSocket is where the engine of root listens.
@@ -265,6 +271,14 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 	if a.dial != nil {
 		return a.dial, nil
 	}
+	if a.standalone && needsNamespace() {
+		conn, dial, err := a.startStandalone(ctx)
+		if err != nil {
+			return nil, err
+		}
+		a.dial = a.firstThen(conn, dial)
+		return a.dial, nil
+	}
 	if a.standalone {
 		options, err := a.engineOptions()
 		if err != nil {
@@ -277,6 +291,11 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 		a.closes = append(a.closes, e.Close)
 		a.dial = e.Dial
 		return a.dial, nil
+	}
+	if filepath.Dir(a.socket()) == sharedRuntimeDir() {
+		if err := privateDir(sharedRuntimeDir()); err != nil {
+			return nil, err
+		}
 	}
 	dial := unixDialer(a.socket())
 	tcp, remote := tcpAddress(a.host)
@@ -298,7 +317,12 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 			return nil, err
 		}
 	}
-	// The first client gets the connection that is already open.
+	a.dial = a.firstThen(conn, dial)
+	return a.dial, nil
+}
+
+// firstThen gives the first client the connection that is already open. a.mu is held.
+func (a *app) firstThen(conn net.Conn, dial dialFunc) dialFunc {
 	first := make(chan net.Conn, 1)
 	first <- conn
 	a.closes = append(a.closes, func() error {
@@ -309,7 +333,7 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 			return nil
 		}
 	})
-	a.dial = func(ctx context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) {
 		select {
 		case c := <-first:
 			return c, nil
@@ -317,7 +341,6 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 			return dial(ctx)
 		}
 	}
-	return a.dial, nil
 }
 
 // engineOptions are those of an engine inside this process.
@@ -386,20 +409,17 @@ func (a *app) startDaemon(ctx context.Context, dial dialFunc) (net.Conn, error) 
 	if err != nil {
 		return nil, fmt.Errorf("start the engine: %w", err)
 	}
-	args := []string{"daemon", "--root", a.root, "--addr", "unix://" + socket, "--idle-timeout", "5m"}
-	if a.debug {
-		args = append(args, "--debug")
-	}
-	if a.config != "" {
-		args = append(args, "--config", a.config)
-	}
-	cmd := exec.Command("/proc/self/exe", args...)
+	cmd := exec.Command("/proc/self/exe", a.daemonArgs(socket, "5m")...)
 	cmd.Args[0] = "slipway"
 	cmd.Dir = "/"
 	cmd.Env = daemonEnv(os.Environ())
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	startEngine := cmd.Start
+	if needsNamespace() {
+		startEngine = func() error { return userns.Start(cmd, false) }
+	}
+	if err := startEngine(); err != nil {
 		return nil, fmt.Errorf("start the engine: %w", err)
 	}
 	exited := make(chan error, 1)
@@ -420,6 +440,18 @@ func (a *app) startDaemon(ctx context.Context, dial dialFunc) (net.Conn, error) 
 		case <-time.After(pause):
 		}
 	}
+}
+
+// daemonArgs are those of the engine of this command line.
+func (a *app) daemonArgs(socket, idle string) []string {
+	args := []string{"daemon", "--root", a.root, "--addr", "unix://" + socket, "--idle-timeout", idle}
+	if a.debug {
+		args = append(args, "--debug")
+	}
+	if a.config != "" {
+		args = append(args, "--config", a.config)
+	}
+	return args
 }
 
 // daemonEnv is env without what belongs to one command.

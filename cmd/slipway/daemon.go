@@ -32,6 +32,9 @@ func newDaemonCommand(a *app) *cobra.Command {
 			"Settings come from --config, a buildkitd.toml; what flags say comes first. TCP is served with mutual TLS only.",
 		Args: args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if needsNamespace() && !a.standalone {
+				return a.daemonInside(cmd.Context())
+			}
 			return a.daemon(cmd.Context(), d)
 		},
 	}

@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/containerd/platforms"
@@ -31,7 +30,7 @@ func (a *app) loadConfig() (config.Config, error) {
 		return config.Load(a.config)
 	}
 	own, theirs := []string{filepath.Join("/etc", ownConfig)}, filepath.Join("/etc", buildkitdConfig)
-	if dir := config.UserDir(); dir != "" && os.Geteuid() != 0 {
+	if dir := config.UserDir(); dir != "" && ordinaryUser() {
 		own = append([]string{filepath.Join(dir, ownConfig)}, own...)
 	}
 	conf, err := config.LoadFirst(append(own, theirs)...)

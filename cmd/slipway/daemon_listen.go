@@ -125,6 +125,11 @@ func listen(ctx context.Context, path string, conf config.GRPC) (*net.UnixListen
 	if shared {
 		dirMode = 0o755
 	}
+	if filepath.Dir(path) == sharedRuntimeDir() {
+		if err := privateDir(filepath.Dir(path)); err != nil {
+			return nil, fmt.Errorf("listen at %s: %w", path, err)
+		}
+	}
 	if err := os.MkdirAll(filepath.Dir(path), dirMode); err != nil {
 		return nil, fmt.Errorf("listen at %s: %w", path, pathReason(err))
 	}

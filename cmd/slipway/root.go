@@ -18,6 +18,8 @@ import (
 	"github.com/moby/buildkit/util/stack"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/status"
+
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // commands lists every command; each has a file of its own.
@@ -77,6 +79,10 @@ func (e *usageError) Unwrap() error { return e.err }
 
 // Main runs the program on os.Args and the standard streams and returns its exit code.
 func Main() int {
+	if err := userns.Enter(); err != nil {
+		fmt.Fprintf(os.Stderr, "slipway: %v\n", err)
+		return 1
+	}
 	log.SetOutput(io.Discard) // the HTTP/2 library reports broken connections there, which come with an error anyway
 	ctx, stop := signalContext(context.Background())
 	defer stop()

@@ -30,11 +30,16 @@ import (
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
 	"github.com/seed-68981b69/slipway/executor/runc/runctest"
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // TestMain makes the test binary be the program when it is called by that name, which scripts do. Engines that
 // commands start in the background are then this binary too.
 func TestMain(m *testing.M) {
+	if err := userns.Enter(); err != nil { // Main does it, but the name that counts comes after it
+		fmt.Fprintf(os.Stderr, "slipway: %v\n", err)
+		os.Exit(1)
+	}
 	if name := filepath.Base(os.Args[0]); name != "slipway" && name != buildkitdName {
 		flag.Parse()
 		limit := true

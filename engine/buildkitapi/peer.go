@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // PeerCredentials are transport credentials for connections over unix sockets: nothing is encrypted, and what the kernel
@@ -97,6 +99,9 @@ func HostID() (string, error) {
 	namespace, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
 		return "", err
+	}
+	if s := userns.Started(); s != nil {
+		namespace = s.MountNamespace // ours is a copy of it, into which later mounts come too
 	}
 	var root unix.Stat_t
 	if err := unix.Stat("/", &root); err != nil {

@@ -16,6 +16,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // containerInterface is what the interface is called inside a namespace.
@@ -110,8 +112,14 @@ func (n *Network) newNamespace() (_ *Namespace, err error) {
 // as under docker; without a routed IPv6 address, programs must not believe that there is one.
 var namespaceSysctls = []struct{ path, value string }{
 	{"/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"},
-	{"/proc/sys/net/ipv4/ping_group_range", "0 2147483647"},
+	{"/proc/sys/net/ipv4/ping_group_range", pingGroups()},
 	{"/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"},
+}
+
+// pingGroups are all groups that there are: the kernel refuses a range with others in it.
+func pingGroups() string {
+	_, highest := userns.Highest()
+	return fmt.Sprintf("0 %d", min(highest, 1<<31-1))
 }
 
 // openNamespace makes an anonymous namespace with loopback up and returns its file and a netlink handle into it.

@@ -30,6 +30,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-68981b69/slipway/executor"
 )
 
 const (
@@ -272,6 +274,11 @@ func (n *Network) Close() error {
 
 // Gateway is the host's address on the bridge.
 func (n *Network) Gateway() netip.Addr { return n.gateway }
+
+// Publish listens on the host's ports and forwards to the container at ip; see the function Publish.
+func (n *Network) Publish(ip netip.Addr, ports []executor.Port) (*Published, error) {
+	return Publish(ip, ports)
+}
 
 // Subnet is the network that containers have their addresses from.
 func (n *Network) Subnet() netip.Prefix { return n.subnet }

@@ -35,16 +35,24 @@ type Published struct {
 	// Ports are the ports that were asked for, host ports filled in.
 	Ports []executor.Port
 
+	dial   dialFunc
 	cancel context.CancelFunc
 	closer []io.Closer
 	wg     sync.WaitGroup
 }
 
+// dialFunc connects to a container.
+type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
 // Publish listens on the host's ports and forwards to the container at ip. An error names the port; nothing listens
 // then.
 func Publish(ip netip.Addr, ports []executor.Port) (*Published, error) {
+	return publish(ip, ports, (&net.Dialer{Timeout: dialTimeout}).DialContext)
+}
+
+func publish(ip netip.Addr, ports []executor.Port, dial dialFunc) (*Published, error) {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &Published{cancel: cancel}
+	p := &Published{cancel: cancel, dial: dial}
 	for _, port := range ports {
 		bound, err := p.listen(ctx, ip, port)
 		if err != nil {
@@ -63,6 +71,8 @@ func publishError(p executor.Port, err error) error {
 		return fmt.Errorf("publish port %s/%s: the port is already in use on this host", where, protocol(p))
 	case errors.Is(err, unix.EADDRNOTAVAIL):
 		return fmt.Errorf("publish port %s/%s: %s is not an address of this host", where, protocol(p), p.HostIP)
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("publish port %s/%s: ordinary users may not listen on it (as root, sysctl net.ipv4.ip_unprivileged_port_start=%d lets them)", where, protocol(p), p.HostPort)
 	}
 	return fmt.Errorf("publish port %s/%s: %w", where, protocol(p), err)
 }
@@ -123,7 +133,7 @@ func (p *Published) serveTCP(ctx context.Context, l net.Listener, target netip.A
 			}
 			return
 		}
-		p.wg.Go(func() { forwardTCP(ctx, client.(*net.TCPConn), target) })
+		p.wg.Go(func() { p.forwardTCP(ctx, client.(*net.TCPConn), target) })
 	}
 }
 
@@ -144,9 +154,9 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-func forwardTCP(ctx context.Context, client *net.TCPConn, target netip.AddrPort) {
+func (p *Published) forwardTCP(ctx context.Context, client *net.TCPConn, target netip.AddrPort) {
 	defer client.Close()
-	c, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp4", target.String())
+	c, err := p.dial(ctx, "tcp4", target.String())
 	if err != nil {
 		_ = client.SetLinger(0) // the client sees a reset, not an orderly end
 		return
@@ -197,9 +207,11 @@ func (p *Published) serveUDP(ctx context.Context, l *net.UDPConn, target netip.A
 			if full {
 				continue
 			}
-			if c, err = net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(target)); err != nil {
+			conn, err := p.dial(ctx, "udp4", target.String())
+			if err != nil {
 				continue
 			}
+			c = conn.(*net.UDPConn)
 			mu.Lock()
 			clients[from] = c
 			mu.Unlock()

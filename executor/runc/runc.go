@@ -40,7 +40,7 @@ type Options struct {
 	// the host are made from it, so one process at a time may use it. It is created.
 	StateDir string
 	// Network serves NetworkBridge. Nil means that there is none, for the reason in NetworkError.
-	Network      *network.Network
+	Network      Network
 	NetworkError error
 	// DNS says how containers on the host's network resolve names; nil is the host's way.
 	DNS *network.DNS
@@ -51,6 +51,19 @@ type Options struct {
 	StandardInit bool
 	// Log gets what goes wrong in the background; nil means slog.Default.
 	Log *slog.Logger
+}
+
+// Network gives containers a network of their own: a *network.Network, or a *network.User for an ordinary user.
+type Network interface {
+	// Acquire returns a namespace for one container, and Release takes it back.
+	Acquire(ctx context.Context) (*network.Namespace, error)
+	Release(ns *network.Namespace, reusable bool)
+	// Gateway is the address by which a container reaches the host.
+	Gateway() netip.Addr
+	// ResolvConf is what containers have as /etc/resolv.conf.
+	ResolvConf() ([]byte, error)
+	// Publish makes ports of the host lead to the container with that address.
+	Publish(ip netip.Addr, ports []executor.Port) (*network.Published, error)
 }
 
 // Runc is an executor.Executor.
@@ -90,6 +103,7 @@ func New(opts Options) (*Runc, error) {
 	}
 	r.host.CgroupParent = name
 	r.host.Seccomp = nativeSeccomp
+	r.host.UserNamespace = thisNamespace(name)
 	if _, err := os.Lstat("/proc/self/ns/cgroup"); err == nil {
 		r.host.CgroupNamespace = true
 	}
@@ -268,7 +282,7 @@ func (p *process) connect(ctx context.Context, s executor.Spec, h *host) error {
 	p.nsReusable = !s.Privileged && !canConfigureNetwork(s.CapAdd)
 	h.NetworkNamespace = ns.Path()
 	if len(s.Ports) > 0 {
-		if p.published, err = network.Publish(ns.IP(), s.Ports); err != nil {
+		if p.published, err = n.Publish(ns.IP(), s.Ports); err != nil {
 			return err
 		}
 	}

@@ -45,6 +45,8 @@ type host struct {
 	Runner string
 	// Devices are the host's device nodes, for privileged containers.
 	Devices []specs.LinuxDevice
+	// UserNamespace says what is not allowed here; nil is nothing.
+	UserNamespace *userNamespace
 	// Seccomp makes the profile for a container that is not privileged.
 	Seccomp func(*specs.Spec) (*specs.LinuxSeccomp, error)
 }
@@ -123,6 +125,9 @@ func runtimeSpec(s executor.Spec, h host) (*specs.Spec, error) {
 			"net.ipv4.ip_unprivileged_port_start": "0",
 			"net.ipv4.ping_group_range":           "0 2147483647",
 		}
+	}
+	if err := h.UserNamespace.adapt(spec, s); err != nil {
+		return nil, err
 	}
 	if s.Privileged {
 		spec.Linux.Devices = h.Devices

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/runc/libcontainer/system"
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/executor/runc/wire"
@@ -29,6 +30,7 @@ const sweepTimeout = 5 * time.Second
 func sweepContainer(dir string) error {
 	var state struct {
 		CgroupPaths map[string]string `json:"cgroup_paths"`
+		initProcess
 	}
 	b, err := os.ReadFile(filepath.Join(dir, "state.json"))
 	if err == nil {
@@ -41,10 +43,36 @@ func sweepContainer(dir string) error {
 	for _, cgroup := range state.CgroupPaths {
 		errs = errors.Join(errs, removeCgroup(cgroup))
 	}
+	if len(state.CgroupPaths) == 0 { // an ordinary user's may have none
+		state.kill()
+	}
 	if errs != nil {
 		return errs
 	}
 	return os.RemoveAll(dir)
+}
+
+// initProcess is the first process of a container, as libcontainer's state names it.
+type initProcess struct {
+	PID     int    `json:"init_process_pid"`
+	Started uint64 `json:"init_process_start"`
+}
+
+// kill kills the process if it is still that one, and thereby everything in its PID namespace.
+func (p initProcess) kill() {
+	if p.PID <= 1 {
+		return
+	}
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	stat, err := system.Stat(p.PID)
+	if err != nil || stat.StartTime != p.Started {
+		return
+	}
+	_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
 }
 
 // sweepCgroups removes the engine's cgroup directories that begin below this process's own, in every hierarchy: it
