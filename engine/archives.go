@@ -89,6 +89,12 @@ func (s *storedImage) Open(ctx context.Context, desc ocispec.Descriptor) (io.Rea
 		return nil, err
 	}
 	if ok {
+		if err := s.store.Layers.Materialise(ctx, snap...); err != nil {
+			return nil, err
+		}
+		if s.store.Blobs.Has(desc.Digest) { // it has come with them
+			return layerblob.OpenBlob(s.store.Blobs, desc)
+		}
 		for _, id := range snap {
 			info, err := s.store.Layers.Pack(ctx, id)
 			if err != nil {
@@ -173,7 +179,7 @@ func (a *archives) load(ctx context.Context, archive *transport.Archive, img tra
 		if err != nil {
 			return err
 		}
-		if _, err := a.puller.Layers(ctx, archiveOrigin{archive}, "archive "+img.Root.Digest.String(), found, -1, nil); err != nil {
+		if _, err := a.puller.Layers(ctx, archiveOrigin{archive}, found, -1, nil); err != nil {
 			return err
 		}
 	}

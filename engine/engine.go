@@ -239,7 +239,7 @@ func (e *Engine) openAPIs(opts Options) error {
 	}
 	resolver, puller := image.NewResolver(sourceDeps), image.NewPuller(sourceDeps)
 	layoutResolver := layoutsource.NewResolver(st.Blobs)
-	layerBlobs := layerblob.New(layerblob.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records})
+	layerBlobs := layerblob.New(layerblob.Deps{Layers: st.Layers, Blobs: st.Blobs, Records: st.Records, Registry: remote})
 	pusher := registryexporter.New(registryexporter.Deps{
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs,
 	})

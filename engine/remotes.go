@@ -59,6 +59,7 @@ func (r *remotes) Push(ctx context.Context, ref string, auth *registrytypes.Auth
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	ctx = registry.WithAccess(ctx, creds, nil)
 	return r.pusher.Push(ctx, img, ref, registryexporter.Options{Credentials: creds, Progress: transfers(progress)})
 }
 

@@ -34,6 +34,8 @@ type Layers interface {
 	Stat(ctx context.Context, id layer.ID) (layer.Info, error)
 	// Ensure brings layers that are in memory only to disk.
 	Ensure(ctx context.Context, ids ...layer.ID) error
+	// Materialise brings remote layers here, all at once.
+	Materialise(ctx context.Context, ids ...layer.ID) error
 }
 
 // Logs keeps the logs of steps. blob.Store implements it.

@@ -101,11 +101,13 @@ func (s *Solver) share(n *node, id string, remembered func() (result, bool), wor
 func (s *Solver) begin(n *node, id string, work func(*run) (result, error)) *run {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	r := &run{
-		id: id, solver: s, ctx: ctx, cancel: cancel, out: new(output), owner: n.walk.build, phase: n.state,
+		id: id, solver: s, cancel: cancel, out: new(output), owner: n.walk.build, phase: n.state,
 		claim: claim{slot: !n.entry.isSource(), order: n.entry.order},
 		done:  make(chan struct{}), granted: make(chan struct{}),
 	}
-	r.env = &Env{Session: &runSession{r}, Progress: r.out, Pull: r.owner.pull, BuildID: r.owner.id}
+	session := &runSession{r}
+	r.ctx = forClient(ctx, session, r.out)
+	r.env = &Env{Session: session, Progress: r.out, Pull: r.owner.pull, BuildID: r.owner.id, Unread: n.unread}
 	s.runs[id] = r
 	release := s.lease("run " + id)
 	go func() {
@@ -121,6 +123,23 @@ func (s *Solver) begin(n *node, id string, work func(*run) (result, error)) *run
 		}
 	}()
 	return r
+}
+
+// forClient is forClient for the build's client; without one nothing is known about who that is.
+func (b *Build) forClient(ctx context.Context, progress Progress) context.Context {
+	if b.session == nil {
+		return registry.WithProgress(ctx, progress.Status)
+	}
+	return forClient(ctx, b.session, progress)
+}
+
+// forClient returns a context in which layers that are elsewhere are fetched with what the client may do, and shown.
+func forClient(ctx context.Context, session Session, progress Progress) context.Context {
+	var tokens registry.TokenSource
+	if t, ok := session.(TokenSession); ok {
+		tokens = t
+	}
+	return registry.WithProgress(registry.WithAccess(ctx, session.Credentials, tokens), progress.Status)
 }
 
 // join adds n to those who wait. mu is held.

@@ -24,6 +24,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
@@ -53,6 +54,8 @@ type node struct {
 	// distinctInputs has each of them once.
 	distinctInputs []*node
 	readers        []*node // those that have this node as an input
+	// unread says that all of them only stack layers, and so do theirs.
+	unread bool
 
 	// fresh vertices are run whatever the cache has. unnamed ones are fresh or depend on one: their recipe does not say
 	// what they contain, so it is not looked up.
@@ -92,6 +95,12 @@ func (w *walk) plan(nodes map[digest.Digest]*node) {
 				in.openReaders++
 			}
 		}
+	}
+	for _, n := range slices.Backward(w.nodes) { // readers first
+		n.unread = !slices.ContainsFunc(n.readers, func(r *node) bool {
+			s, ok := r.entry.op.(Stacker)
+			return !ok || !s.Stacks() || !r.unread
+		})
 	}
 }
 
@@ -216,7 +225,7 @@ func (w *walk) digestInput(n *node, i int) error {
 		Session: b.session, Progress: vertexProgress{b.display, n.vertex}, Pull: b.pull, BuildID: b.id,
 	}
 	in := n.inputs[i].outputs[n.vertex.Inputs[i].Index]
-	d, err := n.entry.op.InputDigest(w.ctx, env, i, in)
+	d, err := n.entry.op.InputDigest(b.forClient(w.ctx, env.Progress), env, i, in)
 	if err == nil {
 		n.inputDigests[i] = d
 		return nil
@@ -265,6 +274,7 @@ func (w *walk) make(n *node) {
 				n.record, n.foundBy = rec, record.KindRecipe
 				n.finish(rec.Outputs, true)
 				s.mu.Unlock()
+				w.fetchAhead(n)
 				return
 			}
 			found = rec
@@ -310,6 +320,29 @@ func (w *walk) make(n *node) {
 	// Found under the content key, or made for another recipe: the next build may stop here already. If it
 	// cannot be written, the record under the content key is still there.
 	_ = s.records.PutBatch(context.WithoutCancel(w.ctx), []record.Item{n.recipeItem(res.rec)})
+}
+
+// fetchAhead begins to bring the layers of a found result here whose content is not known: whoever has asked for the result has to
+// look into them. What goes wrong is told to that one.
+func (w *walk) fetchAhead(n *node) {
+	if n.unread {
+		return
+	}
+	s, b := w.build.solver, w.build
+	var unknown []layer.ID
+	for _, snap := range n.outputs {
+		for _, id := range snap {
+			if info, err := s.layers.Stat(w.ctx, id); err == nil && info.Form == layer.FormRemote && info.Content == "" {
+				unknown = append(unknown, id)
+			}
+		}
+	}
+	if len(unknown) == 0 {
+		return
+	}
+	w.group.Go(func() {
+		_ = s.layers.Materialise(b.forClient(w.ctx, vertexProgress{b.display, n.vertex}), unknown...)
+	})
 }
 
 // recall takes the result that this build has made of n's vertex in another walk. Solver.mu is held.

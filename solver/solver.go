@@ -69,6 +69,13 @@ type Describer interface {
 	DescribeInput(ctx context.Context, i int, in snapshot.Snapshot, w io.Writer) error
 }
 
+// Stacker is an Op that may only put the layers of its inputs on top of each other, without a look into them.
+type Stacker interface {
+	Op
+	// Stacks reports whether this one does.
+	Stacks() bool
+}
+
 // MemoryUser is an Op whose work may need so much memory that it matters how many of them are at work at once: it runs
 // processes. It tells what it has needed by Env.ReportPeakMemory.
 type MemoryUser interface {
@@ -122,6 +129,9 @@ type Env struct {
 	Pull bool
 	// BuildID names the build.
 	BuildID string
+	// Unread says that nothing in the build will look into the result, as far as is known: it is exported, or other layers are put
+	// on it. An image's layers can stay in the registry then.
+	Unread bool
 
 	peakMemory atomic.Int64
 }

@@ -53,6 +53,7 @@ type noLayers struct{}
 
 func (noLayers) Stat(context.Context, layer.ID) (layer.Info, error) { return layer.Info{}, nil }
 func (noLayers) Ensure(context.Context, ...layer.ID) error          { return nil }
+func (noLayers) Materialise(context.Context, ...layer.ID) error     { return nil }
 
 // logs keeps blobs in memory.
 type logs struct {

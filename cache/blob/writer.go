@@ -121,6 +121,15 @@ func (w *Writer) Digest() digest.Digest { return digest.NewDigest(w.alg, w.hash)
 // Size returns how many bytes have been written so far, those of earlier Writers of the same name included.
 func (w *Writer) Size() int64 { return w.size }
 
+// Written opens what has been written so far, from its beginning.
+func (w *Writer) Written() (io.ReadCloser, error) {
+	f, err := os.Open(w.path)
+	if err != nil {
+		return nil, fmt.Errorf("blob store: %w", err)
+	}
+	return f, nil
+}
+
 // Commit makes the blob visible, under Digest, if it has the size and digest given; 0 and "" take any. Nothing can
 // be written after.
 func (w *Writer) Commit(size int64, want digest.Digest) error {

@@ -29,6 +29,9 @@ import (
 // the one who asked first, so that credentials can be carried by it; it is good until the stream is closed.
 type Fetch func(ctx context.Context, info Info, origin string) (io.ReadCloser, error)
 
+// Accepter is a stream that wants to know, before it is closed, that it was the tar that was asked for.
+type Accepter interface{ Accept() error }
+
 // OnFetch sets the function that fetches from origins which begin with scheme and a colon. Call it before the store is used.
 func (s *Store) OnFetch(scheme string, fn Fetch) { s.fetch[scheme] = fn }
 
@@ -224,7 +227,7 @@ func (s *Store) from(ctx context.Context, m *meta, origin string) error {
 	if len(m.Chain) > 0 {
 		u.below = below
 	}
-	u.fs = s.fs
+	u.fs, u.suspicious = s.fs, true
 	now := &meta{ID: m.ID, Tar: true, DiffID: m.DiffID}
 	if now.TarSize, err = s.takeRemote(ctx, m, origin, u, tmp, below); err != nil {
 		return err
@@ -267,19 +270,27 @@ func (s *Store) takeRemote(ctx context.Context, m *meta, origin string, u *unpac
 	if err != nil {
 		return 0, &originError{err}
 	}
-	defer rc.Close()
+	// To be closed is to be through with everything: an origin may keep what it has sent.
+	defer func() {
+		if cerr := rc.Close(); err == nil && cerr != nil {
+			err = &originError{cerr}
+		}
+	}()
 	var r io.Reader = arriving{rc}
 	if m.TarSize > 0 {
 		r = io.LimitReader(r, m.TarSize+1)
 	}
 	size, diffID, err := u.take(ctx, s.fs, r, filepath.Join(tmp, tarFile))
-	if err := cmp.Or(below.failed(), err); err != nil {
-		return 0, err
+	if below.failed() != nil {
+		return 0, below.failed()
 	}
-	if diffID != m.DiffID {
+	if diffID != "" && diffID != m.DiffID {
 		return 0, &originError{fmt.Errorf("%w: the tar's is %s, of %d bytes", ErrDigest, diffID, size)}
 	}
-	return size, nil
+	if a, ok := rc.(Accepter); ok && err == nil {
+		err = a.Accept()
+	}
+	return size, err
 }
 
 // arriving says of the errors of a stream that they are those of fetching.

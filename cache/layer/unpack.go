@@ -144,6 +144,8 @@ type unpacker struct {
 	// scattered says that the bytes of some file are not in the tar in one piece.
 	scattered bool
 	treeBytes int64
+	// suspicious has a tar that cannot be read hashed to its end: it may not be the one that it should be.
+	suspicious bool
 }
 
 func newUnpacker(below index.Tree) *unpacker {
@@ -184,7 +186,7 @@ func (u *unpacker) take(ctx context.Context, fs fsys.FS, r io.Reader, path strin
 	}
 	defer f.Close()
 	if size, diffID, err = u.copy(ctx, r, f); err != nil {
-		return 0, "", err
+		return size, diffID, err
 	}
 	if err := f.Sync(); err != nil {
 		return 0, "", err
@@ -192,22 +194,24 @@ func (u *unpacker) take(ctx context.Context, fs fsys.FS, r io.Reader, path strin
 	return size, diffID, f.Close()
 }
 
-// copy copies r to w, hashing it, while it reads what is in it.
+// copy copies r to w, hashing it, while it reads what is in it. The digest is that of all of r unless that could not be read, or
+// need not be, because of an error.
 func (u *unpacker) copy(ctx context.Context, r io.Reader, w io.Writer) (size int64, diffID digest.Digest, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	p := startPump(ctx, cancel, r, w)
 	err = u.read(p)
-	if err != nil {
+	if err != nil && !u.suspicious {
 		cancel(err)
 	}
 	// What follows the end of the archive is part of the blob.
-	if _, derr := io.Copy(io.Discard, p); err == nil {
-		err = derr
-	}
+	_, rest := io.Copy(io.Discard, p)
 	size, diffID, werr := p.wait()
-	if err == nil {
-		err = werr
+	switch {
+	case rest != nil && (err == nil || u.suspicious):
+		return 0, "", rest
+	case err == nil && werr != nil:
+		return 0, "", werr
 	}
 	return size, diffID, err
 }

@@ -143,12 +143,22 @@ func (r *Registry) Resolve(ctx context.Context, ref string) (name string, desc o
 // Fetch opens the content of desc in ref's repository. Reading ends with an error wrapping ErrCorrupt when the
 // bytes are not those that desc names, with ErrNotFound when the registry does not have them.
 func (r *Registry) Fetch(ctx context.Context, ref string, desc ocispec.Descriptor) (io.ReadCloser, error) {
-	return r.FetchFrom(ctx, ref, desc, 0)
+	d, err := r.open(ctx, ref, desc, 0)
+	if err != nil {
+		return nil, err
+	}
+	d.hash = desc.Digest.Algorithm().Hash()
+	return d, nil
 }
 
 // FetchFrom is Fetch from that byte on, by a range request; a registry that does not know ranges sends everything, and what
-// comes before is dropped. The caller has the bytes before offset, so only they can verify the whole.
+// comes before is dropped. The caller has the bytes before offset, so only the caller can verify the whole, and does: nothing is
+// verified here but the size.
 func (r *Registry) FetchFrom(ctx context.Context, ref string, desc ocispec.Descriptor, offset int64) (io.ReadCloser, error) {
+	return r.open(ctx, ref, desc, offset)
+}
+
+func (r *Registry) open(ctx context.Context, ref string, desc ocispec.Descriptor, offset int64) (*download, error) {
 	named, err := Parse(ref)
 	if err != nil {
 		return nil, err
@@ -169,7 +179,6 @@ func (r *Registry) FetchFrom(ctx context.Context, ref string, desc ocispec.Descr
 	}
 	d := &download{ctx: ctx, r: r, named: named, desc: desc, rc: rc, read: offset}
 	if offset == 0 {
-		d.hash = desc.Digest.Algorithm().Hash()
 		return d, nil
 	}
 	seeker, ok := rc.(io.Seeker)

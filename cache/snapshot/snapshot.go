@@ -27,6 +27,9 @@ type Snapshot []layer.ID
 type Layers interface {
 	Stat(context.Context, layer.ID) (layer.Info, error)
 	Index(context.Context, layer.ID) (*index.Index, error)
+	Indexes(context.Context, []layer.ID) ([]*index.Index, error)
+	// Materialise brings remote layers here, all at once.
+	Materialise(context.Context, ...layer.ID) error
 	OpenFile(ctx context.Context, id layer.ID, path string) (io.ReadCloser, error)
 	Mount(context.Context, layer.ID) (dir string, err error)
 	NewUpper(context.Context) (dir string, err error)
@@ -53,13 +56,9 @@ type View struct {
 
 // View returns the merged view of snap.
 func (s *Store) View(ctx context.Context, snap Snapshot) (*View, error) {
-	stack := make([]*index.Index, len(snap))
-	for i, id := range snap {
-		x, err := s.layers.Index(ctx, id)
-		if err != nil {
-			return nil, fmt.Errorf("view snapshot: %w", err)
-		}
-		stack[i] = x
+	stack, err := s.layers.Indexes(ctx, snap)
+	if err != nil {
+		return nil, fmt.Errorf("view snapshot: %w", err)
 	}
 	return &View{View: index.Merge(stack...), layers: s.layers, snap: snap}, nil
 }
@@ -78,16 +77,48 @@ func (v *View) OpenFile(ctx context.Context, path string) (io.ReadCloser, error)
 }
 
 // Content returns a digest over the content digests of snap's layers, in order. Equal digests mean equal file
-// systems; the same files split into other layers have another digest.
+// systems; the same files split into other layers have another digest. Remote layers without an index are brought here.
 func (s *Store) Content(ctx context.Context, snap Snapshot) (digest.Digest, error) {
+	return s.content(ctx, snap, true)
+}
+
+// Identity is Content for who does not look into snap: a remote layer whose content is not known is named by its ID, which says
+// what it is as well, and stays where it is. It has another Identity when its content is known.
+func (s *Store) Identity(ctx context.Context, snap Snapshot) (digest.Digest, error) {
+	return s.content(ctx, snap, false)
+}
+
+func (s *Store) content(ctx context.Context, snap Snapshot, known bool) (digest.Digest, error) {
+	if known {
+		if _, err := s.layers.Indexes(ctx, unknown(ctx, s.layers, snap)); err != nil {
+			return "", fmt.Errorf("content of snapshot: %w", err)
+		}
+	}
 	h := sha256.New()
 	io.WriteString(h, "slipway snapshot v1\n")
 	for _, id := range snap {
 		info, err := s.layers.Stat(ctx, id)
-		if err != nil {
+		switch {
+		case err != nil:
 			return "", fmt.Errorf("content of snapshot: %w", err)
+		case info.Content != "":
+			fmt.Fprintln(h, info.Content)
+		case known:
+			return "", fmt.Errorf("content of snapshot: layer %s has none", id)
+		default:
+			fmt.Fprintln(h, id)
 		}
-		fmt.Fprintln(h, info.Content)
 	}
 	return digest.NewDigest(digest.SHA256, h), nil
+}
+
+// unknown returns the layers of which nobody knows what is in them.
+func unknown(ctx context.Context, layers Layers, snap Snapshot) []layer.ID {
+	var ids []layer.ID
+	for _, id := range snap {
+		if info, err := layers.Stat(ctx, id); err == nil && info.Content == "" {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }

@@ -211,6 +211,9 @@ func (s *Store) Mount(ctx context.Context, snap Snapshot, o MountOptions) (*Moun
 }
 
 func (m *Mount) mount(ctx context.Context, o MountOptions) error {
+	if err := m.s.layers.Materialise(ctx, m.snap...); err != nil {
+		return err
+	}
 	if m.s.probe().Driver == DriverCopy {
 		return m.mountCopy(ctx, o)
 	}

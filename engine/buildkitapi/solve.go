@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/exporter"
@@ -93,6 +94,8 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		s.builds.refuse(in.Ref)
 		return nil, err
 	}
+	// Layers that are elsewhere are fetched with what this client may do, whoever needs them.
+	ctx = registry.WithAccess(ctx, session.Credentials, session)
 	if req.clientFrontend {
 		b.bridge = gateway.NewBridge(ctx, client)
 		defer func() {
@@ -297,6 +300,7 @@ func (s *Server) export(ctx context.Context, b *build, client *gateway.Client, o
 	var response map[string]string
 	id := digest.FromString(fmt.Sprintf("export %s %d", b.ref, output.id))
 	err := client.Step(ctx, e.Name(), id, func(env *solver.Env) (err error) {
+		ctx := registry.WithProgress(ctx, env.Progress.Status)
 		response, err = e.Export(ctx, r, exporter.Options{
 			Progress:    env.Progress,
 			Credentials: output.session.Credentials,

@@ -253,6 +253,11 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names [
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))
 	for i, ref := range r.Refs {
+		if !e.attrs.push { // it is going to be run
+			if err := e.deps.Layers.Materialise(ctx, ref.Snapshot...); err != nil {
+				return ocispec.Descriptor{}, err
+			}
+		}
 		layers[i] = make([]Layer, len(ref.Snapshot))
 		for j, id := range ref.Snapshot {
 			group.Go(func() (err error) {
@@ -284,9 +289,13 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names [
 	return made.Target, nil
 }
 
-// pack returns a layer as its tar. One that is going to be pushed and has no tar yet is compressed while that is written.
+// pack returns a layer as its tar. Of an image that is pushed, one that is in a registry, and not here, is the blob that it is
+// there, and one that has no tar yet is compressed while that is written.
 func (e *imageExporter) pack(ctx context.Context, id layer.ID) (Layer, error) {
 	if e.attrs.push {
+		if b, ok, err := e.deps.LayerBlobs.Remote(ctx, id, e.attrs.compression.Shaped()); err != nil || ok {
+			return Layer{b.Desc, b.DiffID}, err
+		}
 		if info, err := e.deps.Layers.Stat(ctx, id); err == nil && info.DiffID == "" {
 			if _, err := e.compress(ctx, id); err != nil {
 				return Layer{}, err

@@ -23,6 +23,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/registry"
 )
 
 // Compression is what form a layer is wanted in.
@@ -101,6 +102,8 @@ type Deps struct {
 	Layers  *layer.Store
 	Blobs   *blob.Store
 	Records *record.Store
+	// Registry gives the blobs of layers that are still there, with the access that a context carries; nil has them brought here.
+	Registry *registry.Registry
 }
 
 // Maker finds and makes layer blobs. It may be used concurrently; all of one process should use the same, because two
@@ -126,11 +129,16 @@ type Blob struct {
 	DiffID digest.Digest
 	// tar is the layer whose tar the blob is; "" when it is in the blob store.
 	tar layer.ID
+	// origins are where the blob is instead.
+	origins []registry.Origin
 }
 
 // Layer returns the blob of a layer, which is made if it is not there yet. A layer that has no tar yet is packed and compressed at
 // the same time.
 func (m *Maker) Layer(ctx context.Context, id layer.ID, c Compression) (Blob, error) {
+	if b, ok, err := m.Remote(ctx, id, c); err != nil || ok {
+		return b, err
+	}
 	info, err := m.pack(ctx, id, c)
 	if err != nil {
 		return Blob{}, fmt.Errorf("pack layer %s: %w", id, err)
@@ -144,6 +152,50 @@ func (m *Maker) Layer(ctx context.Context, id layer.ID, c Compression) (Blob, er
 		b.tar = id
 	}
 	return b, nil
+}
+
+// Remote returns the blob of a layer that is in a registry and not here, if that is the form that is asked for: it is the very blob that
+// the layer would come as, and nothing needs to come.
+func (m *Maker) Remote(ctx context.Context, id layer.ID, c Compression) (Blob, bool, error) {
+	info, err := m.deps.Layers.Stat(ctx, id)
+	if err != nil || info.Form != layer.FormRemote || m.deps.Registry == nil {
+		return Blob{}, false, err
+	}
+	if _, ok, err := m.pulled(info.DiffID, c); err != nil || ok { // its blob is here, and it is not
+		return Blob{}, false, err
+	}
+	b := Blob{DiffID: info.DiffID}
+	for _, text := range info.Where.Origins {
+		o, err := registry.ParseOrigin(text)
+		if err != nil {
+			continue // somebody else's
+		}
+		kind, err := compress.MediaTypeKind(o.Desc.MediaType)
+		if err != nil || kind == compress.None && c.Kind != compress.None || c.Force && (kind != c.Kind || c.Level != nil) {
+			continue
+		}
+		if len(b.origins) > 0 && o.Desc.Digest != b.Desc.Digest {
+			continue
+		}
+		b.Desc, b.origins = o.Desc, append(b.origins, o)
+	}
+	return b, len(b.origins) > 0, nil
+}
+
+// openRemote streams a blob from where it is. Its end is an error if the bytes are not those of its digest.
+func (m *Maker) openRemote(ctx context.Context, b Blob) (io.ReadCloser, error) {
+	if m.deps.Blobs.Has(b.Desc.Digest) { // it has come in the meantime
+		return OpenBlob(m.deps.Blobs, b.Desc)
+	}
+	var errs []error
+	for _, o := range b.origins {
+		rc, err := m.deps.Registry.For(ctx).Fetch(ctx, o.Ref, o.Desc)
+		if err == nil {
+			return rc, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
 }
 
 // ByDiffID is Layer for who does not know yet which layer has the diff ID; find is asked only if it must be read.
@@ -323,6 +375,9 @@ func (m *Maker) commit(w *blob.Writer, diffID digest.Digest, c Compression) (oci
 // Open opens a blob for reading from its beginning. The end is an error if the bytes are not those of its digest; a process
 // finds that out once.
 func (m *Maker) Open(ctx context.Context, b Blob) (io.ReadCloser, error) {
+	if len(b.origins) > 0 {
+		return m.openRemote(ctx, b)
+	}
 	if b.tar == "" {
 		return OpenBlob(m.deps.Blobs, b.Desc)
 	}

@@ -43,6 +43,12 @@ func (s *push) layer(ctx context.Context, find *finder, i int, l ocispec.Descrip
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	if b, ok, err := find.remote(ctx, diffID, l); err != nil || ok {
+		if err == nil {
+			err = s.blob(ctx, b)
+		}
+		return l, err
+	}
 	b, err := s.layers.ByDiffID(ctx, diffID, s.compression, func(ctx context.Context) (layer.ID, error) {
 		return find.layer(ctx, diffID)
 	})
@@ -115,6 +121,16 @@ func (f *finder) diffID(i int) (digest.Digest, error) {
 	return config.RootFS.DiffIDs[i], nil
 }
 
+// remote finds the blob l of a layer that is in another repository, and not here.
+func (f *finder) remote(ctx context.Context, diffID digest.Digest, l ocispec.Descriptor) (layerblob.Blob, bool, error) {
+	id, err := f.layer(ctx, diffID)
+	if err != nil {
+		return layerblob.Blob{}, false, nil // who needs the layer says so
+	}
+	b, ok, err := f.layers.Remote(ctx, id, f.compression)
+	return b, ok && b.Desc.Digest == l.Digest, err
+}
+
 // layer is the layer with that diff ID in the image's snapshot.
 func (f *finder) layer(ctx context.Context, diffID digest.Digest) (layer.ID, error) {
 	f.once.Do(func() {
@@ -125,7 +141,10 @@ func (f *finder) layer(ctx context.Context, diffID digest.Digest) (layer.ID, err
 		}
 		f.byID = map[digest.Digest]layer.ID{}
 		for _, id := range snap {
-			info, err := f.deps.Layers.Pack(ctx, id)
+			info, err := f.deps.Layers.Stat(ctx, id)
+			if err == nil && info.DiffID == "" {
+				info, err = f.deps.Layers.Pack(ctx, id)
+			}
 			if err != nil {
 				f.err = err
 				return

@@ -52,7 +52,7 @@ type Pusher struct {
 // New returns a Pusher.
 func New(deps Deps) *Pusher {
 	if deps.LayerBlobs == nil {
-		deps.LayerBlobs = layerblob.New(layerblob.Deps{Layers: deps.Layers, Blobs: deps.Blobs, Records: deps.Records})
+		deps.LayerBlobs = layerblob.New(layerblob.Deps{Layers: deps.Layers, Blobs: deps.Blobs, Records: deps.Records, Registry: deps.Registry})
 	}
 	return &Pusher{
 		deps:    deps,

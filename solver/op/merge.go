@@ -38,8 +38,11 @@ func newMerge(d *Deps, v *solver.Vertex, op *pb.MergeOp) (solver.Op, error) {
 func (*mergeOp) Parts() []record.Part { return []record.Part{{Name: "op", Value: "merge"}} }
 
 func (m *mergeOp) InputDigest(ctx context.Context, _ *solver.Env, _ int, in snapshot.Snapshot) (digest.Digest, error) {
-	return m.deps.Snapshots.Content(ctx, in)
+	return m.deps.Snapshots.Identity(ctx, in)
 }
+
+// Stacks implements solver.Stacker.
+func (*mergeOp) Stacks() bool { return true }
 
 func (*mergeOp) Run(_ context.Context, _ *solver.Env, inputs []snapshot.Snapshot) ([]snapshot.Snapshot, error) {
 	var out snapshot.Snapshot
@@ -81,8 +84,11 @@ func (p *passthroughOp) Parts() []record.Part {
 }
 
 func (p *passthroughOp) InputDigest(ctx context.Context, _ *solver.Env, _ int, in snapshot.Snapshot) (digest.Digest, error) {
-	return p.deps.Snapshots.Content(ctx, in)
+	return p.deps.Snapshots.Identity(ctx, in)
 }
+
+// Stacks implements solver.Stacker.
+func (*passthroughOp) Stacks() bool { return true }
 
 func (p *passthroughOp) Run(_ context.Context, _ *solver.Env, inputs []snapshot.Snapshot) ([]snapshot.Snapshot, error) {
 	out := make([]snapshot.Snapshot, len(p.op.Outputs))

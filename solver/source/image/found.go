@@ -22,7 +22,7 @@ type Origin interface {
 // RangeOrigin is an Origin that can give a part of a blob, so that a broken download goes on where it stopped.
 type RangeOrigin interface {
 	Origin
-	// FetchFrom is Fetch from the byte at offset on.
+	// FetchFrom is Fetch from the byte at offset on. Nothing is verified but the size.
 	FetchFrom(ctx context.Context, ref string, desc ocispec.Descriptor, offset int64) (io.ReadCloser, error)
 }
 
@@ -52,7 +52,6 @@ func (f Found) Manifest() digest.Digest { return f.found.manifest.Digest }
 func (f Found) Config() []byte { return f.found.config }
 
 // Layers brings f's layers here and returns its root file system. limit, unless negative, is how many of its layers are wanted.
-// Those who ask at the same time for the same image from the same origin, named by originID, wait for one of them.
-func (p *Puller) Layers(ctx context.Context, from Origin, originID string, f Found, limit int, progress Progress) (snapshot.Snapshot, error) {
-	return p.layers(ctx, from, originID, f.found, limit, progress)
+func (p *Puller) Layers(ctx context.Context, from Origin, f Found, limit int, progress Progress) (snapshot.Snapshot, error) {
+	return p.layers(ctx, from, f.found, limit, false, progress)
 }

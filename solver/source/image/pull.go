@@ -7,15 +7,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"syscall"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/errgroup"
 
-	"github.com/seed-68981b69/slipway/cache/blob"
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
@@ -24,31 +21,30 @@ import (
 	"github.com/seed-68981b69/slipway/solver"
 )
 
-// parallel is how many layers are downloaded at once.
-const parallel = 4
-
 // Progress is called with the bytes of each layer that have come, by its digest in the registry, and last with done. A layer
 // that is here already is only reported once, done, with its full size. It may be called from several goroutines. It fits
 // solver.Progress.Status.
-type Progress func(id string, current, total int64, done bool)
+type Progress = registry.Progress
 
-// Puller brings images here. It may be used concurrently; the same image is pulled once by all who want it at the same time.
+// Puller brings images here. It may be used concurrently; the same layer is pulled once by all who want it at the same time.
 type Puller struct {
 	deps     Deps
 	resolver *Resolver
 	memo     compress.Memo
 	sources  registry.Sources
-	once     once[snapshot.Snapshot]
 }
 
-// NewPuller returns a Puller.
+// NewPuller returns a Puller, which fetches the remote layers of deps.Layers that registries have. A store has one.
 func NewPuller(deps Deps) *Puller {
-	return &Puller{
+	p := &Puller{
 		deps:     deps,
 		resolver: NewResolver(deps),
 		memo:     compress.Memo{Values: deps.Records, Blobs: deps.Blobs},
 		sources:  registry.Sources{Values: deps.Records},
 	}
+	deps.Layers.OnFetch(registry.OriginScheme, p.fetch)
+	deps.Layers.OnFetch(givenScheme, p.fetch)
+	return p
 }
 
 // Pull asks the registry what ref stands for, brings its layers for platform (nil: this machine's) here, and names the image in the
@@ -67,120 +63,43 @@ func (p *Puller) Pull(ctx context.Context, ref string, platform *ocispec.Platfor
 	if err != nil {
 		return image.Image{}, err
 	}
-	if _, err := p.layers(ctx, reg, "", f, -1, progress); err != nil {
+	if _, err := p.layers(ctx, reg, f, -1, false, progress); err != nil {
 		return image.Image{}, err
 	}
 	return p.deps.Images.Add(ctx, image.Image{Name: f.name, Target: f.target})
 }
 
-// layers returns the root file system of f: what is noted for its manifest, or its layers, pulled. limit, unless negative, is how
-// many of its layers are wanted. origin tells places apart that may fail each on its own; registries are all "".
-func (p *Puller) layers(ctx context.Context, from Origin, origin string, f *found, limit int, progress Progress) (snapshot.Snapshot, error) {
+// layers returns the root file system of f: what is noted for its manifest, or its layers. limit, unless negative, is how many of its
+// layers are wanted. Lazy ones stay where they are until somebody reads them, if they are not here.
+func (p *Puller) layers(ctx context.Context, from Origin, f *found, limit int, lazy bool, progress Progress) (snapshot.Snapshot, error) {
 	if progress == nil {
 		progress = func(string, int64, int64, bool) {}
 	}
-	key := f.manifest.Digest.String() + " " + origin
-	if limit >= 0 {
-		// What is noted of the whole image does not say which of its layers were empty.
-		key += fmt.Sprintf(" %d layers", limit)
-	} else if snap, ok, err := p.present(ctx, f.manifest.Digest); err != nil || ok {
-		return snap, err
-	}
-	// Whoever asks first has the progress; the others wait.
-	return p.once.do(ctx, key, func(ctx context.Context) (snapshot.Snapshot, error) {
-		return p.pull(ctx, from, f, limit, progress)
-	})
-}
-
-// present returns the noted layers of a manifest, if they are all still there.
-func (p *Puller) present(ctx context.Context, manifest digest.Digest) (snapshot.Snapshot, bool, error) {
-	snap, ok, err := p.deps.Images.Layers(ctx, manifest)
-	if err != nil || !ok {
-		return nil, false, err
-	}
-	for _, id := range snap {
-		if _, err := p.deps.Layers.Stat(ctx, id); errors.Is(err, layer.ErrNotFound) {
-			return nil, false, nil
-		} else if err != nil {
-			return nil, false, err
+	whole := limit < 0
+	if whole {
+		snap, all, err := p.present(ctx, f.manifest.Digest)
+		if err != nil || snap != nil && (all || lazy) {
+			return snap, err
 		}
 	}
-	return snap, true, nil
-}
-
-// wanted is one layer of a manifest.
-type wanted struct {
-	desc   ocispec.Descriptor
-	diffID digest.Digest
-	kind   compress.Kind
-	ready  chan struct{} // closed when its blob is in the store
-}
-
-// pull downloads in parallel and unpacks in order, each layer as soon as it and those below it are here.
-func (p *Puller) pull(ctx context.Context, from Origin, f *found, limit int, progress Progress) (snapshot.Snapshot, error) {
 	layers, err := f.layers()
 	if err != nil {
 		return nil, err
 	}
-	whole := limit < 0 || limit >= len(layers)
-	if !whole {
+	if !whole && limit < len(layers) {
 		layers = layers[:limit]
+	} else {
+		whole = true
 	}
-	slots := make(chan struct{}, parallel)
-	var snap snapshot.Snapshot
-	i := 0
-	// What is unpacked already, from the bottom up, need not come.
-	for ; i < len(layers); i++ {
-		id, ok, err := p.unpacked(ctx, snap, layers[i])
-		if err != nil {
-			return nil, err
-		}
-		if !ok {
-			break
-		}
-		snap = add(snap, id)
-		progress(layers[i].desc.Digest.String(), layers[i].desc.Size, layers[i].desc.Size, true)
-	}
-	rest := layers[i:]
-	group, gctx := errgroup.WithContext(ctx)
-	for i := range rest {
-		rest[i].ready = make(chan struct{})
-	}
-	group.Go(func() error {
-		for i := range rest {
-			w := &rest[i]
-			select {
-			case <-w.ready:
-			case <-gctx.Done():
-				return context.Cause(gctx)
-			}
-			id, err := p.unpack(gctx, snap, w)
-			if err != nil {
-				return fmt.Errorf("image %s: %w", f.name, err)
-			}
-			snap = add(snap, id)
-		}
-		return nil
-	})
-	// The lowest first: it is unpacked while the others come.
-	for i := 0; i < len(rest) && gctx.Err() == nil; i++ {
-		select {
-		case slots <- struct{}{}:
-		case <-gctx.Done():
-			continue
-		}
-		w := &rest[i]
-		group.Go(func() error {
-			defer func() { <-slots }()
-			if err := p.download(gctx, from, f.name, w, progress); err != nil {
-				return err
-			}
-			close(w.ready)
-			return nil
-		})
-	}
-	if err := group.Wait(); err != nil {
+	snap, err := p.known(ctx, from, f, layers, progress)
+	if err != nil {
 		return nil, err
+	}
+	if !lazy {
+		ctx := registry.WithProgress(withOrigin(ctx, from), progress)
+		if err := p.deps.Layers.Materialise(ctx, snap...); err != nil {
+			return nil, fmt.Errorf("image %s: %w", f.name, err)
+		}
 	}
 	if whole {
 		if err := p.deps.Images.SetLayers(ctx, f.manifest.Digest, snap); err != nil {
@@ -189,6 +108,61 @@ func (p *Puller) pull(ctx context.Context, from Origin, f *found, limit int, pro
 	}
 	_, fromRegistry := from.(*registry.Registry)
 	p.note(f, layers, fromRegistry)
+	return snap, nil
+}
+
+// present returns the noted layers of a manifest, nil unless they are all still known, and whether they are all here.
+func (p *Puller) present(ctx context.Context, manifest digest.Digest) (_ snapshot.Snapshot, here bool, err error) {
+	snap, ok, err := p.deps.Images.Layers(ctx, manifest)
+	if err != nil || !ok {
+		return nil, false, err
+	}
+	here = true
+	for _, id := range snap {
+		info, err := p.deps.Layers.Stat(ctx, id)
+		if errors.Is(err, layer.ErrNotFound) {
+			return nil, false, nil
+		} else if err != nil {
+			return nil, false, err
+		}
+		here = here && info.Form != layer.FormRemote
+	}
+	return snap, here, nil
+}
+
+// wanted is one layer of a manifest.
+type wanted struct {
+	desc   ocispec.Descriptor
+	diffID digest.Digest
+	kind   compress.Kind
+}
+
+// known makes the layers of f known to the store, those that are not here as remote ones, and reports those that are.
+func (p *Puller) known(ctx context.Context, from Origin, f *found, layers []wanted, progress Progress) (snapshot.Snapshot, error) {
+	_, fromRegistry := from.(*registry.Registry)
+	snap := snapshot.Snapshot{}
+	for _, w := range layers {
+		o := registry.Origin{Ref: f.name, Desc: w.desc}
+		remote := layer.Remote{DiffID: w.diffID, Below: slices.Clone(snap), Origin: o.String()}
+		if !fromRegistry {
+			remote.Origin = given(o)
+		}
+		if w.kind == compress.None {
+			remote.TarSize = w.desc.Size
+		}
+		id, err := p.deps.Layers.AddRemote(ctx, remote)
+		if err != nil {
+			return nil, fmt.Errorf("image %s: %w", f.name, err)
+		}
+		info, err := p.deps.Layers.Stat(ctx, id)
+		if err != nil {
+			return nil, fmt.Errorf("image %s: %w", f.name, err)
+		}
+		if info.Form != layer.FormRemote {
+			progress(w.desc.Digest.String(), w.desc.Size, w.desc.Size, true)
+		}
+		snap = append(snap, id)
+	}
 	return snap, nil
 }
 
@@ -219,139 +193,25 @@ func (f *found) layers() ([]wanted, error) {
 	return ws, nil
 }
 
-// unpacked looks for a layer that has been unpacked over the same files.
-func (p *Puller) unpacked(ctx context.Context, below snapshot.Snapshot, w wanted) (layer.ID, bool, error) {
-	view, err := p.deps.Snapshots.View(ctx, below)
-	if err != nil {
-		return "", false, err
-	}
-	id, ok := p.deps.Layers.FindDiffID(ctx, w.diffID, view)
-	return id, ok, nil
-}
-
-// download brings a layer's blob into the blob store.
-func (p *Puller) download(ctx context.Context, from Origin, ref string, w *wanted, progress Progress) error {
-	id, total := w.desc.Digest.String(), w.desc.Size
-	if p.deps.Blobs.Has(w.desc.Digest) {
-		progress(id, total, total, true)
-		return nil
-	}
-	progress(id, 0, total, false)
-	report := func(n int64) {
-		if n < total {
-			progress(id, n, total, false)
-		}
-	}
-	fetch := p.fetch
-	if origin, ok := from.(RangeOrigin); ok && w.desc.Digest.Algorithm() == digest.SHA256 {
-		fetch = func(ctx context.Context, _ Origin, ref string, desc ocispec.Descriptor, report func(int64)) error {
-			return p.resume(ctx, origin, ref, desc, report)
-		}
-	}
-	err := fetch(ctx, from, ref, w.desc, report)
-	if errors.Is(err, registry.ErrCorrupt) || errors.Is(err, blob.ErrDigest) || errors.Is(err, blob.ErrSize) {
-		// Once more, from the beginning: a proxy on the way may have had a bad copy, or what was left here was bad.
-		err = fetch(ctx, from, ref, w.desc, report)
-	}
-	if err != nil {
+// noteBlob remembers which blob a layer came as, so that it is pushed as the same.
+func (p *Puller) noteBlob(diffID digest.Digest, desc ocispec.Descriptor) error {
+	kind, err := compress.MediaTypeKind(desc.MediaType)
+	if err != nil || kind == compress.None {
 		return err
 	}
-	progress(id, total, total, true)
-	return nil
+	return p.memo.Put(diffID, kind, desc)
 }
 
-// fetch downloads a blob, all of it.
-func (p *Puller) fetch(ctx context.Context, from Origin, ref string, desc ocispec.Descriptor, report func(int64)) error {
-	rc, err := from.Fetch(ctx, ref, desc)
-	if err != nil {
-		return err
-	}
-	defer rc.Close()
-	return p.deps.Blobs.Put(ctx, &counted{r: rc, report: report}, desc)
-}
-
-// resume downloads what is missing of a blob: an earlier attempt, perhaps of an earlier process, may have left a part. What
-// comes is kept if this attempt fails too, unless it is wrong, or the disk is full and needs the room.
-func (p *Puller) resume(ctx context.Context, from RangeOrigin, ref string, desc ocispec.Descriptor, report func(int64)) error {
-	w, err := p.deps.Blobs.Resume(ctx, desc.Digest.String())
-	if err != nil {
-		return err
-	}
-	defer w.Close()
-	if p.deps.Blobs.Has(desc.Digest) { // by somebody for whom Resume has waited
-		return nil
-	}
-	if at := w.Size(); at < desc.Size {
-		if at > 0 {
-			slog.Debug("going on with a download", "image", ref, "blob", desc.Digest, "at", at, "of", desc.Size)
-		}
-		rc, err := from.FetchFrom(ctx, ref, desc, at)
-		if err != nil {
-			return err
-		}
-		defer rc.Close()
-		if _, err := io.Copy(w, &counted{r: rc, n: at, told: at, report: report}); err != nil {
-			if errors.Is(err, registry.ErrCorrupt) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-				return errors.Join(err, w.Drop())
-			}
-			return err
-		}
-	}
-	if err := w.Commit(desc.Size, desc.Digest); err != nil {
-		return fmt.Errorf("pull %s: %w", ref, err)
-	}
-	return nil
-}
-
-// counted reports how many bytes have been read, every 256 KiB.
-type counted struct {
-	r       io.Reader
-	n, told int64
-	report  func(int64)
-}
-
-func (c *counted) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n += int64(n)
-	if c.n-c.told >= 256<<10 {
-		c.told = c.n
-		c.report(c.n)
-	}
-	return n, err
-}
-
-// unpack makes a layer of a blob, over below.
-func (p *Puller) unpack(ctx context.Context, below snapshot.Snapshot, w *wanted) (layer.ID, error) {
-	view, err := p.deps.Snapshots.View(ctx, below)
-	if err != nil {
-		return "", err
-	}
-	if id, ok := p.deps.Layers.FindDiffID(ctx, w.diffID, view); ok {
-		return id, nil
-	}
-	b, err := p.deps.Blobs.Open(w.desc.Digest)
-	if err != nil {
-		return "", err
-	}
-	defer b.Close()
-	tar, _, err := compress.NewReader(io.NewSectionReader(b, 0, w.desc.Size))
-	if err != nil {
-		return "", fmt.Errorf("layer %s: %w", w.desc.Digest, err)
-	}
-	defer tar.Close()
-	return p.deps.Layers.Unpack(ctx, tar, w.diffID, view)
-}
-
-// note remembers which blobs the layers came as, so that they are pushed as the same, and which registry they came from, so that they
-// need not be sent there.
+// note remembers which blobs the layers that are here came as, and which registry all of them came from, so that they need not be sent
+// there.
 func (p *Puller) note(f *found, layers []wanted, fromRegistry bool) {
 	var blobs []digest.Digest
 	for _, w := range layers {
 		blobs = append(blobs, w.desc.Digest)
-		if w.kind == compress.None || !p.deps.Blobs.Has(w.desc.Digest) {
+		if !p.deps.Blobs.Has(w.desc.Digest) {
 			continue
 		}
-		if err := p.memo.Put(w.diffID, w.kind, w.desc); err != nil {
+		if err := p.noteBlob(w.diffID, w.desc); err != nil {
 			slog.Warn("note compressed layer", "image", f.name, "layer", w.desc.Digest, "error", err)
 		}
 	}
@@ -361,14 +221,6 @@ func (p *Puller) note(f *found, layers []wanted, fromRegistry bool) {
 	if err := p.sources.Add(f.name, blobs...); err != nil {
 		slog.Warn("note where layers come from", "image", f.name, "error", err)
 	}
-}
-
-// add puts id on top; a layer without anything in it has none.
-func add(snap snapshot.Snapshot, id layer.ID) snapshot.Snapshot {
-	if id == "" {
-		return snap
-	}
-	return append(snap[:len(snap):len(snap)], id)
 }
 
 var _ solver.Source = (*source)(nil)

@@ -127,7 +127,7 @@ func TestPullHeals(t *testing.T) {
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for _, pattern := range []string{"layers/d*", "content/blobs/sha256/*"} {
+	for _, pattern := range []string{"layers/r*", "content/blobs/sha256/*"} {
 		paths, _ := filepath.Glob(filepath.Join(dir, pattern))
 		if len(paths) == 0 {
 			t.Fatalf("no %s", pattern)

@@ -90,13 +90,14 @@ func (s *source) find(ctx context.Context, env *solver.Env) (*found, error) {
 	return f, nil
 }
 
-// Run implements solver.Op: it pulls what Pin found.
+// Run implements solver.Op: it pulls what Pin found; if nothing of it will be read, as far as the solver knows, its layers stay in the
+// registry.
 func (s *source) Run(ctx context.Context, env *solver.Env, _ []snapshot.Snapshot) ([]snapshot.Snapshot, error) {
 	f, err := s.find(ctx, env) // as the build was told when it pinned
 	if err != nil {
 		return nil, err
 	}
-	snap, err := s.puller.layers(ctx, s.resolver.Registry(env), "", f, s.layerLimit, env.Progress.Status)
+	snap, err := s.puller.layers(ctx, s.resolver.Registry(env), f, s.layerLimit, env.Unread, env.Progress.Status)
 	if err != nil {
 		return nil, err
 	}

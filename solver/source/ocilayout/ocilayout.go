@@ -123,9 +123,6 @@ type origin struct {
 
 func (o origin) String() string { return "OCI layout " + o.layout.Store + " of the client" }
 
-// id is equal for origins that have the same answers.
-func (o origin) id() string { return o.layout.Session + " " + o.layout.Store + " " + o.env.BuildID }
-
 func (o origin) open(ctx context.Context, d digest.Digest) (solver.LayoutBlob, error) {
 	b, err := solver.OpenLayoutBlob(ctx, o.env.Session, o.layout.Session, o.layout.Store, d)
 	if err != nil {
@@ -235,7 +232,7 @@ func (s *source) Run(ctx context.Context, env *solver.Env, _ []snapshot.Snapshot
 		return nil, err
 	}
 	o := origin{env: env, layout: s.layout}
-	snap, err := s.puller.Layers(ctx, o, o.id(), f, s.limit, env.Progress.Status)
+	snap, err := s.puller.Layers(ctx, o, f, s.limit, env.Progress.Status)
 	if err != nil {
 		return nil, err
 	}
