@@ -38,6 +38,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 	"github.com/seed-68981b69/slipway/engine/dockerapi"
 	"github.com/seed-68981b69/slipway/engine/history"
+	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/network"
 	"github.com/seed-68981b69/slipway/executor/runc"
@@ -145,6 +146,7 @@ type Engine struct {
 	network  containerNetwork // nil when there is none here
 	executor *runc.Runc
 	buildkit *buildkitapi.Server
+	caches   *remotecache.Caches
 	docker   *dockerapi.Server
 	server   *server
 	syncer   *syncer
@@ -300,6 +302,10 @@ func (e *Engine) openAPIs(opts Options) error {
 	images := imageexporter.New(imageexporter.Deps{
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,
 	})
+	e.caches = remotecache.New(remotecache.Deps{
+		Layers: st.Layers, Blobs: st.Blobs, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs, Log: e.log,
+	})
+	st.Layers.OnFetch(remotecache.Scheme, e.caches.Fetch)
 	e.buildkit, err = buildkitapi.New(buildkitapi.Options{
 		Solver: solver.New(solver.Options{
 			Layers: st.Layers, Records: sweepingRecords{st.Records, st.SweepSoon}, Blobs: st.Blobs, NewOp: newOp,
@@ -328,6 +334,7 @@ func (e *Engine) openAPIs(opts Options) error {
 			"tar":       tarexporter.New(files),
 			"cacheonly": exporter.CacheOnly,
 		},
+		Caches:                e.caches,
 		History:               builds,
 		ProvenanceEnvironment: opts.Provenance,
 		Collect:               e.collectSoon,

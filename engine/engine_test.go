@@ -156,6 +156,9 @@ type request struct {
 	// client runs the frontend's call in this process, as buildctl does.
 	client bool
 	status func(*bkclient.SolveStatus)
+	// exports are instead of the image of that name; cacheFrom and cacheTo are caches.
+	exports            []bkclient.ExportEntry
+	cacheFrom, cacheTo []bkclient.CacheOptionsEntry
 }
 
 // result is what a build has shown.
@@ -217,6 +220,10 @@ func (te *testEngine) buildDir(ctx context.Context, r request, dir string) (resu
 	if r.name != "" {
 		opt.Exports = []bkclient.ExportEntry{{Type: "image", Attrs: map[string]string{"name": r.name}}}
 	}
+	if r.exports != nil {
+		opt.Exports = r.exports
+	}
+	opt.CacheImports, opt.CacheExports = r.cacheFrom, r.cacheTo
 	events := make(chan *bkclient.SolveStatus)
 	out := result{vertices: map[string]*bkclient.Vertex{}}
 	var group errgroup.Group

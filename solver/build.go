@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
@@ -99,6 +100,8 @@ type BuildOptions struct {
 	Verify bool
 	// Pull is handed to ops.
 	Pull bool
+	// Imports is asked for what the cache does not have; may be nil.
+	Imports Imports
 	// Jobs limits the steps of this build that run at once, within Options.Jobs if that is set; 0 means no limit of its own.
 	Jobs int
 }
@@ -116,6 +119,7 @@ type Build struct {
 	verify        bool
 	pull          bool
 	jobs          int
+	imports       Imports
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -127,6 +131,8 @@ type Build struct {
 	pins    map[digest.Digest]result
 	made    map[digest.Digest]made
 	reports map[digest.Digest]*Report
+	// lost are layers that could not be fetched: no record that names one counts.
+	lost map[layer.ID]bool
 	// watchers are told of vertices that are done.
 	watchers []*watcher
 	running  int // runs that have a slot and count for this build
@@ -161,10 +167,10 @@ func (s *Solver) NewBuild(o BuildOptions) *Build {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	b := &Build{
 		solver: s, id: o.ID, session: o.Session, display: newDisplay(o.Writer),
-		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), verify: o.Verify, pull: o.Pull, jobs: o.Jobs,
+		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), verify: o.Verify, pull: o.Pull, jobs: o.Jobs, imports: o.Imports,
 		ctx: ctx, cancel: cancel,
 		entries: make(map[digest.Digest]*entry), pins: make(map[digest.Digest]result), made: make(map[digest.Digest]made),
-		reports: make(map[digest.Digest]*Report),
+		reports: make(map[digest.Digest]*Report), lost: make(map[layer.ID]bool),
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -258,12 +264,22 @@ func (b *Build) ignoresCache(e *entry) bool {
 // Result evaluates an edge that Load has returned (or one of a vertex below it) and returns its snapshot; the zero Edge
 // is the empty snapshot. What this build has evaluated before is not evaluated again, except what has failed. A failure
 // stops the rest of this call, but not what other calls want too; nothing that was begun for this call alone is still
-// going on when it returns. Errors: *VertexError for each vertex that failed (the first one first); otherwise the cause
+// going on when it returns. Steps whose results are known from elsewhere and cannot be fetched are run. Errors: *VertexError for each vertex that failed (the first one first); otherwise the cause
 // of ctx, or ErrClosed.
 func (b *Build) Result(ctx context.Context, e Edge) (snapshot.Snapshot, error) {
 	if e.Vertex == nil {
 		return nil, nil
 	}
+	for {
+		snap, err := b.result(ctx, e)
+		if err == nil || !b.forgetInputs(ctx, err) {
+			return snap, err
+		}
+	}
+}
+
+// result is Result with the layers that are known now.
+func (b *Build) result(ctx context.Context, e Edge) (snapshot.Snapshot, error) {
 	w, err := b.newWalk(ctx, e.Vertex)
 	if err != nil {
 		return nil, err

@@ -106,6 +106,7 @@ func (s *Solver) commit(ctx context.Context, n *node, rec *record.Record, key Co
 func (n *node) recipeItem(rec *record.Record) record.Item {
 	recipe := *rec
 	recipe.Kind, recipe.Parts, recipe.Step = record.KindRecipe, n.recipeParts, n.step()
+	recipe.ContentKey = string(n.content)
 	return record.Item{Record: &recipe, Keys: []string{string(n.recipe)}}
 }
 

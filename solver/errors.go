@@ -87,6 +87,19 @@ func failuresError(failures []*VertexError) error {
 	return &multiError{failures}
 }
 
+// failuresOf is the reverse of failuresError; none for other errors.
+func failuresOf(err error) []*VertexError {
+	var one *VertexError
+	var several *multiError
+	switch {
+	case errors.As(err, &several):
+		return several.failures
+	case errors.As(err, &one):
+		return []*VertexError{one}
+	}
+	return nil
+}
+
 // multiError is several vertices that failed before the others could be stopped.
 type multiError struct{ failures []*VertexError }
 

@@ -199,6 +199,9 @@ func checkOp(op *pb.Op) error {
 	return nil
 }
 
+// Outputs is how many outputs a vertex has.
+func Outputs(v *Vertex) int { return outputCount(v.Op) }
+
 // outputCount returns how many outputs the op has.
 func outputCount(op *pb.Op) int {
 	n := int64(0)

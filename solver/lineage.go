@@ -16,6 +16,7 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
 
@@ -30,6 +31,11 @@ func (b *Build) Pin(v *Vertex) (Pin, bool) {
 // Outputs returns the result of a vertex as far as it is known: from this build, or, for one that was skipped because what reads it was
 // found, from the record that its recipe key names. Call it when the calls of Result that it is about have returned.
 func (b *Build) Outputs(ctx context.Context, v *Vertex) ([]snapshot.Snapshot, bool) {
+	return b.known(ctx, v, b.solver.lookup)
+}
+
+// known is Outputs that looks records up by lookup.
+func (b *Build) known(ctx context.Context, v *Vertex, lookup func(context.Context, string, int) (*record.Record, bool)) ([]snapshot.Snapshot, bool) {
 	s := b.solver
 	s.mu.Lock()
 	m, ok := b.made[v.Digest]
@@ -48,7 +54,7 @@ func (b *Build) Outputs(ctx context.Context, v *Vertex) ([]snapshot.Snapshot, bo
 	if recipe == "" {
 		return nil, false
 	}
-	rec, ok := s.lookup(ctx, string(recipe), outputs)
+	rec, ok := lookup(ctx, string(recipe), outputs)
 	if !ok {
 		return nil, false
 	}
@@ -145,7 +151,7 @@ func stacked(chain []snapshot.Snapshot, final snapshot.Snapshot) bool {
 func (b *Build) chain(ctx context.Context, e Edge) []snapshot.Snapshot {
 	var chain []snapshot.Snapshot
 	for e.Vertex != nil {
-		outputs, ok := b.Outputs(ctx, e.Vertex)
+		outputs, ok := b.known(ctx, e.Vertex, b.lookup)
 		if !ok || e.Index >= len(outputs) {
 			return nil
 		}

@@ -268,7 +268,7 @@ func (r *run) execute(n *node, inputs []snapshot.Snapshot, key ContentKey, parts
 	s := r.solver
 	// A look-up inside the run, of which there is one for each key, cannot miss a record that is just being written.
 	if !n.fresh {
-		if rec, ok := s.lookup(r.ctx, string(key), n.entry.outputs); ok {
+		if rec, ok := r.owner.lookup(r.ctx, string(key), n.entry.outputs); ok {
 			return result{outputs: rec.Outputs, rec: rec, cached: true}, nil
 		}
 	}

@@ -268,7 +268,7 @@ func (w *walk) make(n *node) {
 	s := w.build.solver
 	var found *record.Record
 	if !n.unnamed {
-		if rec, ok := s.lookup(w.ctx, string(n.recipe), n.entry.outputs); ok {
+		if rec, ok := w.build.lookup(w.ctx, string(n.recipe), n.entry.outputs); ok {
 			if !n.verifies() {
 				s.mu.Lock()
 				n.record, n.foundBy = rec, record.KindRecipe

@@ -77,7 +77,7 @@ func (n *node) set(to state) {
 		}
 		w.build.made[n.vertex.Digest] = made{outputs: n.outputs, ran: !n.cached}
 		for _, watcher := range w.build.watchers {
-			watcher.tell(n.vertex.Digest, n.outputs)
+			w.build.tell(watcher, n.vertex.Digest, n.outputs)
 		}
 	case failed:
 		n.report(Failed)

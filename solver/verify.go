@@ -41,7 +41,7 @@ func (w *walk) verify(n *node, inputs []snapshot.Snapshot, found *record.Record)
 	s := w.build.solver
 	if found == nil {
 		var ok bool
-		if found, ok = s.lookup(w.ctx, string(n.content), n.entry.outputs); !ok {
+		if found, ok = w.build.lookup(w.ctx, string(n.content), n.entry.outputs); !ok {
 			return false
 		}
 	}

@@ -14,7 +14,8 @@ import (
 
 // watcher waits for the outputs of vertices.
 type watcher struct {
-	fn      func(snapshot.Snapshot)
+	fn func(snapshot.Snapshot)
+	// outputs are the numbers of those that are wanted; nil is all.
 	outputs map[digest.Digest][]int
 	calls   sync.WaitGroup
 }
@@ -33,12 +34,19 @@ func (b *Build) Watch(e Edge, fn func(snapshot.Snapshot)) (stop func()) {
 		w.outputs[below.Vertex.Digest] = append(w.outputs[below.Vertex.Digest], below.Index)
 		left = append(left, below.parts()...)
 	}
+	return b.watch(w)
+}
+
+// WatchAll calls fn with each result of a step or source that is recorded, as soon as it is there, found or made. Otherwise it is as Watch.
+func (b *Build) WatchAll(fn func(snapshot.Snapshot)) (stop func()) {
+	return b.watch(&watcher{fn: fn})
+}
+
+func (b *Build) watch(w *watcher) (stop func()) {
 	s := b.solver
 	s.mu.Lock()
-	for d := range w.outputs {
-		if m, ok := b.made[d]; ok {
-			w.tell(d, m.outputs)
-		}
+	for d, m := range b.made {
+		b.tell(w, d, m.outputs)
 	}
 	b.watchers = append(b.watchers, w)
 	s.mu.Unlock()
@@ -51,9 +59,12 @@ func (b *Build) Watch(e Edge, fn func(snapshot.Snapshot)) (stop func()) {
 }
 
 // tell tells of a vertex that is done. Solver.mu is held.
-func (w *watcher) tell(d digest.Digest, outputs []snapshot.Snapshot) {
-	for _, i := range w.outputs[d] {
-		if i < len(outputs) {
+func (b *Build) tell(w *watcher, d digest.Digest, outputs []snapshot.Snapshot) {
+	if w.outputs == nil && b.pins[d].pin.ByContent {
+		return // it is not recorded
+	}
+	for i := range outputs {
+		if w.outputs == nil || slices.Contains(w.outputs[d], i) {
 			snap := slices.Clone(outputs[i])
 			w.calls.Go(func() { w.fn(snap) })
 		}

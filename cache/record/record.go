@@ -56,6 +56,10 @@ type Record struct {
 	// Parts is the list that the key was made from.
 	Parts []Part `json:"parts,omitempty"`
 	Step  Step   `json:"step"`
+	// ContentKey is, in a record of KindRecipe, the content key of the same work; "" when it was not needed.
+	ContentKey string `json:"contentKey,omitempty"`
+	// From names the imported cache that the record came with; "" for work of this machine.
+	From string `json:"from,omitempty"`
 	// Build names the build that did the work.
 	Build    string    `json:"build,omitempty"`
 	Created  time.Time `json:"created"`

@@ -116,8 +116,9 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.StringVar(&o.provenance, "provenance", "", "where the result comes from: true, false or KEY=VALUE… (mode=min|max)")
 	f.StringVar(&o.sbom, "sbom", "", "what is in the result: true, false or KEY=VALUE… (generator=IMAGE)")
 	f.StringArrayVar(&o.annotations, "annotation", nil, "annotate the image: [manifest|index|…[PLATFORM]:]KEY=VALUE")
-	f.StringArrayVar(&o.cacheFrom, "cache-from", nil, "not supported yet: take results of steps from elsewhere")
-	f.StringArrayVar(&o.cacheTo, "cache-to", nil, "not supported yet: leave results of steps elsewhere")
+	f.StringArrayVar(&o.cacheFrom, "cache-from", nil, "take results of steps from this cache, may be repeated: REF, or type=registry,ref=REF | type=local,src=DIR (docs/caches.md)")
+	f.StringArrayVar(&o.cacheTo, "cache-to", nil, "leave results of steps there, may be repeated: REF, or type=registry,ref=REF | type=local,dest=DIR | type=inline, with KEY=VALUE…:\n"+
+		"mode=min|max, compression=gzip|zstd|uncompressed, ignore-error, on-failure")
 	f.StringVar(&o.call, "call", "", "ask the Dockerfile instead of building it: check, outline or targets[,format=json]")
 	f.BoolVar(&o.check, "check", false, "check the Dockerfile instead of building it")
 	o.stepOptions.addFlags(f)
@@ -141,7 +142,11 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		LocalMounts:   map[string]fsutil.FS{},
 		Ref:           identity.NewID(),
 	}
-	if err := o.refuse(); err != nil {
+	var err error
+	if solve.CacheImports, err = cacheOptions("--cache-from", o.cacheFrom); err != nil {
+		return err
+	}
+	if solve.CacheExports, err = cacheOptions("--cache-to", o.cacheTo); err != nil {
 		return err
 	}
 	call, err := parseCall(o.call, o.check)
@@ -244,17 +249,6 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	return a.verificationDone(o, response.ExporterResponse)
-}
-
-// refuse names the flags that are not done.
-func (o *buildOptions) refuse() error {
-	for _, spec := range o.cacheFrom {
-		return fmt.Errorf("not supported yet: --cache-from %s", spec)
-	}
-	for _, spec := range o.cacheTo {
-		return fmt.Errorf("not supported yet: --cache-to %s", spec)
-	}
-	return nil
 }
 
 // localSources are the files of this host that a build is made of, as far as its main context goes.

@@ -8,6 +8,7 @@ import (
 	gwclient "github.com/moby/buildkit/frontend/gateway/client"
 
 	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
@@ -21,7 +22,7 @@ type early struct {
 
 // begin has the exporters that can do so work on layers as soon as they are made. It is known by now what the result is going to be: the
 // frontend has returned it, if not yet solved. Whatever is wrong, the export itself will say.
-func (s *Server) begin(ctx context.Context, session *clientSession, req *request, b *solver.Build, res *gwclient.Result) *early {
+func (s *Server) begin(ctx context.Context, session *clientSession, req *request, b *solver.Build, res *gwclient.Result, caches *remotecache.Exports) *early {
 	all := &early{}
 	refs := res.Refs
 	if refs == nil {
@@ -44,7 +45,7 @@ func (s *Server) begin(ctx context.Context, session *clientSession, req *request
 			all.exports = append(all.exports, begun)
 		}
 	}
-	if len(all.exports) == 0 {
+	if len(all.exports) == 0 && !caches.Wanted(false) {
 		return all
 	}
 	for _, ref := range result.Refs {
@@ -57,6 +58,7 @@ func (s *Server) begin(ctx context.Context, session *clientSession, req *request
 			for _, e := range all.exports {
 				e.Made(ref, snap)
 			}
+			caches.Certain(snap)
 		}))
 	}
 	return all

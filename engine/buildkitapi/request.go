@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -43,6 +44,9 @@ type request struct {
 	// verifyCache has every hit made again and compared; jobs bounds the steps of this build, 0 is the engine's default.
 	verifyCache bool
 	jobs        int
+	// cacheImports and cacheExports are caches besides the engine's own.
+	cacheImports []remotecache.ImportSpec
+	cacheExports []remotecache.ExportSpec
 	// internal builds are not recorded.
 	internal bool
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
@@ -94,8 +98,8 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 			return nil, status.Error(codes.InvalidArgument, err.Error())
 		}
 	}
-	if err := checkCache(req.Cache); err != nil {
-		return nil, err
+	if err := r.parseCaches(req.Cache); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	if err := s.checkEntitlements(req.Entitlements, s.OwnerEntitled && samePeerUser(ctx)); err != nil {
 		return nil, err
@@ -163,23 +167,40 @@ func (f Frontends) check(name, source string) error {
 // gatewayName is the frontend that is an image.
 const gatewayName = "gateway.v0"
 
-func checkCache(c *controlapi.CacheOptions) error {
-	if c == nil {
-		return nil
+// parseCaches reads where the build's cache comes from and goes to.
+func (r *request) parseCaches(c *controlapi.CacheOptions) error {
+	var imports, exports []remotecache.Entry
+	for _, e := range c.GetImports() {
+		imports = append(imports, remotecache.Entry{Type: e.GetType(), Attrs: e.GetAttrs()})
 	}
-	if len(c.Exports) > 0 {
-		return notSupported("cache export of type " + c.Exports[0].GetType())
+	for _, ref := range c.GetImportRefsDeprecated() {
+		imports = append(imports, remotecache.Entry{Type: remotecache.TypeRegistry, Attrs: map[string]string{"ref": ref}})
 	}
-	if c.ExportRefDeprecated != "" {
-		return notSupported("cache export of type registry")
+	for _, e := range c.GetExports() {
+		exports = append(exports, remotecache.Entry{Type: e.GetType(), Attrs: e.GetAttrs()})
 	}
-	if len(c.Imports) > 0 {
-		return notSupported("cache import of type " + c.Imports[0].GetType())
+	if ref := c.GetExportRefDeprecated(); ref != "" {
+		attrs := maps.Clone(c.GetExportAttrsDeprecated())
+		if attrs == nil {
+			attrs = map[string]string{}
+		}
+		attrs["ref"] = ref
+		exports = append(exports, remotecache.Entry{Type: remotecache.TypeRegistry, Attrs: attrs})
 	}
-	if len(c.ImportRefsDeprecated) > 0 {
-		return notSupported("cache import of type registry")
+	inline, _ := strconv.ParseBool(r.opts["build-arg:BUILDKIT_INLINE_CACHE"])
+	if inline && !slices.ContainsFunc(exports, func(e remotecache.Entry) bool { return e.Type == remotecache.TypeInline }) {
+		exports = append(exports, remotecache.Entry{Type: remotecache.TypeInline})
 	}
-	return nil
+	for _, e := range exports {
+		spec, err := remotecache.ParseExport(e)
+		if err != nil {
+			return err
+		}
+		r.cacheExports = append(r.cacheExports, spec)
+	}
+	var err error
+	r.cacheImports, err = remotecache.ParseImports(imports)
+	return err
 }
 
 // parseExporters reads the deprecated single exporter too, which clients still send beside the list.

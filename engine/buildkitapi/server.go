@@ -46,6 +46,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/history"
 	"github.com/seed-68981b69/slipway/engine/provenance"
+	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -73,6 +74,8 @@ type Options struct {
 	Sources    func(*pb.SourceOp) (solver.Source, error)
 	Containers *op.Containers
 	Exporters  exporter.Types
+	// Caches are where builds import and export results.
+	Caches *remotecache.Caches
 	// DiskUsage lists what the store holds.
 	DiskUsage func(ctx context.Context, filter cache.UsageFilter) ([]cache.Usage, error)
 	// Prune deletes what policies say.

@@ -13,8 +13,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/auth"
+	sessioncontent "github.com/moby/buildkit/session/content"
 	"github.com/moby/buildkit/session/filesync"
 	"github.com/moby/buildkit/session/secrets"
 	"github.com/moby/buildkit/session/sshforward"
@@ -26,6 +28,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/seed-68981b69/slipway/cache/registry"
+	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
 )
@@ -53,6 +56,7 @@ type clientSession struct {
 var _ interface {
 	solver.TokenSession
 	solver.Uploader
+	remotecache.Session
 } = (*clientSession)(nil)
 
 // caller waits for the session with an ID.
@@ -70,6 +74,15 @@ func (s *clientSession) caller(ctx context.Context, id string) (session.Caller, 
 		return nil, err
 	}
 	return c, nil
+}
+
+// ContentStore implements remotecache.Session.
+func (s *clientSession) ContentStore(ctx context.Context, id string) (content.Store, error) {
+	caller, err := s.caller(ctx, s.id)
+	if err != nil {
+		return nil, fmt.Errorf("content store %q: %w", id, err)
+	}
+	return sessioncontent.NewCallerStore(caller, id), nil
 }
 
 // Local implements solver.Session.

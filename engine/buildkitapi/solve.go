@@ -20,9 +20,11 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/provenance"
+	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -62,12 +64,15 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	b := &build{ref: req.ref, events: newEvents(), cancel: cancel}
 	recorder := newRecorder(b.events)
 	pull := req.opts["image-resolve-mode"] == "pull"
+	imports := s.Caches.NewImports(ctx, session)
+	defer imports.Close()
 	solverBuild := s.Solver.NewBuild(solver.BuildOptions{
-		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Verify: req.verifyCache, Jobs: req.jobs,
+		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Verify: req.verifyCache, Jobs: req.jobs, Imports: imports,
 	})
 	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
 	defer s.requests.Forget(made.origin)
-	client, err := gateway.New(gateway.Options{
+	var client *gateway.Client
+	client, err = gateway.New(gateway.Options{
 		Build:      solverBuild,
 		View:       s.View,
 		Images:     s.Images,
@@ -85,9 +90,16 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Frontends:  map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
 
 		AllowFrontend: s.Frontends.check,
-		Solved:        func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
-		Entitlements:  req.entitlements,
-		FailedResult:  s.FailedResult,
+		Import: func(entries []gwclient.CacheOptionsEntry) error {
+			specs, err := importSpecs(entries)
+			if err == nil {
+				imports.Add(specs, client.Step)
+			}
+			return err
+		},
+		Solved:       func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
+		Entitlements: req.entitlements,
+		FailedResult: s.FailedResult,
 	}, req.opts, req.inputs)
 	if err != nil {
 		solverBuild.Close()
@@ -114,7 +126,13 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	if recorded {
 		record = s.beginHistory(in, req, started)
 	}
-	response, err := s.run(ctx, b, client, session, req, &made)
+	imports.Add(req.cacheImports, client.Step)
+	caches := s.Caches.Begin(ctx, req.cacheExports, session, solverBuild, imports, req.opts)
+	defer caches.Stop(errors.New("the build has ended"))
+	response, err := s.run(ctx, b, client, session, req, caches, &made)
+	if err != nil {
+		s.saveCaches(ctx, caches, client, err)
+	}
 	err = req.attests.sbom.explain(err)
 	if err != nil && ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
@@ -163,8 +181,28 @@ type outcome struct {
 	responses []map[string]string
 }
 
+// saveCaches exports what a build has finished that has failed, as far as that is wanted.
+func (s *Server) saveCaches(ctx context.Context, caches *remotecache.Exports, client *gateway.Client, cause error) {
+	if ctx.Err() != nil {
+		caches.Stop(cause)
+		return
+	}
+	if _, err := caches.Finish(ctx, nil, true, client.Step); err != nil {
+		s.Log.Warn("export the cache of a build that has failed", "error", err)
+	}
+}
+
+// importSpecs reads what a frontend asks for.
+func importSpecs(entries []gwclient.CacheOptionsEntry) ([]remotecache.ImportSpec, error) {
+	var list []remotecache.Entry
+	for _, e := range entries {
+		list = append(list, remotecache.Entry{Type: e.Type, Attrs: e.Attrs})
+	}
+	return remotecache.ParseImports(list)
+}
+
 // run is one build: frontend, solve, export.
-func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, made *outcome) (_ map[string]string, err error) {
+func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, caches *remotecache.Exports, made *outcome) (_ map[string]string, err error) {
 	var res *gwclient.Result
 	if req.clientFrontend {
 		res, err = b.bridge.Wait(ctx)
@@ -180,33 +218,19 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 		// docker buildx bake --check asks with the outputs of its targets: an empty image must not take the place of a real one.
 		return frontendMetadata(res.Metadata), nil
 	}
-	early := s.begin(ctx, session, req, made.origin.Solver, res)
-	result, err := evaluate(ctx, made.origin.Solver, res)
-	early.built()
+	early := s.begin(ctx, session, req, made.origin.Solver, res, caches)
 	defer func() { early.end(err) }()
-	if err != nil {
-		return nil, err
-	}
-	if made.result, err = capture(made.origin, res); err != nil {
-		if req.attests.provenance != nil {
+	var result exporter.Result
+	for try := 1; ; try++ {
+		result, err = s.finish(ctx, b, client, session, req, caches, made, res, early)
+		if err == nil {
+			break
+		}
+		// What an export reads was in an imported cache, and is gone: it is made.
+		unfetched := errors.Is(err, layer.ErrUnavailable) || errors.Is(err, layer.ErrFalseIndex)
+		if !unfetched || try == maxTries || !made.origin.Solver.ForgetLost(ctx, snapshots(result)...) {
 			return nil, err
 		}
-		s.Log.Warn("collect the provenance of a build", "build", req.ref, "error", err)
-		made.result = &origin{layers: map[string]exporter.LayerBlobs{}}
-	}
-	if err := req.attests.sbom.scan(ctx, client, res); err != nil {
-		return nil, err
-	}
-	read, err := s.readAttestations(ctx, res)
-	if err != nil {
-		return nil, err
-	}
-	if err := req.attests.attach(&result, made.result, read); err != nil {
-		return nil, err
-	}
-	made.responses, err = s.exportAll(ctx, b, client, session, req, result, made.result.named)
-	if err != nil {
-		return nil, err
 	}
 	// Of what several exports tell the client the last one's word counts.
 	response := map[string]string{}
@@ -214,6 +238,11 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 		maps.Copy(response, exported)
 	}
 	maps.Copy(response, frontendMetadata(result.Metadata))
+	cached, err := caches.Finish(ctx, snapshots(result), false, client.Step)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(response, cached)
 	return response, nil
 }
 
@@ -239,6 +268,58 @@ func frontendMetadata(metadata map[string][]byte) map[string]string {
 		}
 	}
 	return response
+}
+
+// maxTries is how often a result is evaluated whose layers turn out to be gone.
+const maxTries = 5
+
+// snapshots are the root file systems of a result.
+func snapshots(r exporter.Result) []snapshot.Snapshot {
+	var out []snapshot.Snapshot
+	for _, ref := range r.Refs {
+		out = append(out, ref.Snapshot)
+	}
+	return out
+}
+
+// finish evaluates what the frontend has returned and exports it.
+func (s *Server) finish(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, caches *remotecache.Exports, made *outcome, res *gwclient.Result, early *early) (exporter.Result, error) {
+	result, err := evaluate(ctx, made.origin.Solver, res)
+	early.built()
+	if err != nil {
+		return exporter.Result{}, err
+	}
+	for i, ref := range result.Refs {
+		caches.Certain(ref.Snapshot)
+		config := ref.Config
+		if config == nil {
+			if config, err = exporter.DefaultConfig(ref.Platform); err != nil {
+				return result, err
+			}
+		}
+		if result.Refs[i].Config, err = caches.Inline(ctx, config, ref.Snapshot); err != nil {
+			return result, err
+		}
+	}
+	if made.result, err = capture(made.origin, res); err != nil {
+		if req.attests.provenance != nil {
+			return result, err
+		}
+		s.Log.Warn("collect the provenance of a build", "build", req.ref, "error", err)
+		made.result = &origin{layers: map[string]exporter.LayerBlobs{}}
+	}
+	if err := req.attests.sbom.scan(ctx, client, res); err != nil {
+		return result, err
+	}
+	read, err := s.readAttestations(ctx, res)
+	if err != nil {
+		return result, err
+	}
+	if err := req.attests.attach(&result, made.result, read); err != nil {
+		return result, err
+	}
+	made.responses, err = s.exportAll(ctx, b, client, session, req, result, made.result.named)
+	return result, err
 }
 
 // evaluate solves all references of a frontend's result.

@@ -51,8 +51,11 @@ func (r *redactor) learn(name, value string) {
 	}
 }
 
-// mark stands for a value: equal values have equal marks.
+// mark stands for a value: equal values have equal marks, unless there is no salt.
 func (r *redactor) mark(value string) string {
+	if r.salt == "" {
+		return "(not shown)"
+	}
 	h := hmac.New(sha256.New, []byte(r.salt))
 	h.Write([]byte(value))
 	return "(not shown, " + hex.EncodeToString(h.Sum(nil)[:4]) + ")"
@@ -83,4 +86,29 @@ func Attrs(attrs map[string]string, salt string) map[string]string {
 		}
 	}
 	return out
+}
+
+// Hide returns a function that makes records fit for the eyes of others: it returns rec as it is, or a copy in which what should not
+// have been used for a secret is not shown. attrs are those of the build request.
+func Hide(attrs map[string]string) func(rec *record.Record) (shown *record.Record, hidden bool) {
+	r := newRedactor("")
+	for name, value := range attrs {
+		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
+	}
+	return func(rec *record.Record) (*record.Record, bool) {
+		for _, p := range rec.Parts {
+			if name, ok := strings.CutPrefix(p.Name, "env "); ok {
+				r.learn(name, p.Value)
+			}
+		}
+		shown := *rec
+		shown.Parts = make([]record.Part, len(rec.Parts))
+		hidden := false
+		for i, p := range rec.Parts {
+			shown.Parts[i] = r.part(p)
+			hidden = hidden || shown.Parts[i] != p
+		}
+		shown.Step.Name = r.text(rec.Step.Name)
+		return &shown, hidden
+	}
 }

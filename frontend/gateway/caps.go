@@ -29,7 +29,6 @@ var (
 		pb.CapSessionExporter:           "session exporters",
 	}
 	missingGateway = map[apicaps.CapID]string{
-		gwpb.CapImportCaches:                          "cache import",
 		gwpb.CapSourceMetaResolverImageAttestations:   "attestations of an image",
 		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "checksum requests of an HTTP source",
 	}

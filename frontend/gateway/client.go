@@ -83,6 +83,8 @@ type Options struct {
 	// AllowFrontend refuses a frontend that the engine does not run; source is the image that gateway.v0 is asked for, "" for one that the
 	// client itself brings. nil allows all.
 	AllowFrontend func(name, source string) error
+	// Import has the build use more caches; nil refuses them.
+	Import func([]gwclient.CacheOptionsEntry) error
 	// Solved, when set, is told of every reference that a frontend has returned, which need not be evaluated.
 	Solved func(*Reference)
 	// Entitlements are what the client allows its build to ask for.
@@ -135,7 +137,12 @@ func (s *shared) client(opts map[string]string, inputs map[string]*pb.Definition
 func (c *Client) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
 	req = req.Clone()
 	if len(req.CacheImports) > 0 {
-		return nil, fmt.Errorf("not supported yet: cache import of type %q", req.CacheImports[0].Type)
+		if c.Import == nil {
+			return nil, fmt.Errorf("not supported: cache import of type %q", req.CacheImports[0].Type)
+		}
+		if err := c.Import(req.CacheImports); err != nil {
+			return nil, err
+		}
 	}
 	hasDefinition := req.Definition != nil && len(req.Definition.Def) > 0
 	var res *gwclient.Result
