@@ -13,6 +13,7 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/cache/share/s3"
 	"github.com/seed-68981b69/slipway/solver"
 )
 
@@ -45,7 +46,10 @@ type imported struct {
 // errNotNeeded is why an import ends when its build does.
 var errNotNeeded = errors.New("the build has ended")
 
-var _ solver.Imports = (*Imports)(nil)
+var (
+	_ solver.Imports     = (*Imports)(nil)
+	_ solver.MountSource = (*Imports)(nil)
+)
 
 // NewImports returns the imports of a build, none yet. Close it.
 func (c *Caches) NewImports(ctx context.Context, session Session) *Imports {
@@ -112,6 +116,16 @@ func (i *Imports) open(one *imported) error {
 		place := place{Local: spec.Dir}
 		opts.Origin = place.origin
 		i.leave(c.open.enter(place, content))
+	case TypeS3:
+		bucket, err := s3.New(spec.Bucket)
+		if err != nil {
+			return err
+		}
+		opts.Backend, opts.Name = bucket, spec.Name
+		place := bucketPlace(spec.Bucket)
+		opts.Origin = place.origin
+		leave := c.open.enter(place, bucket)
+		i.leave(func() { leave(); _ = bucket.Close() })
 	}
 	im, err := share.OpenImport(i.ctx, opts)
 	if repository, ok := opts.Backend.(*share.Repository); ok && errors.Is(err, share.ErrNoCache) {
@@ -160,6 +174,27 @@ func (i *Imports) Get(ctx context.Context, key string) (*record.Record, bool) {
 		}
 	}
 	return nil, false
+}
+
+// RestoreMount implements solver.MountSource: the first of the imports that has the mount gives it.
+func (i *Imports) RestoreMount(ctx context.Context, id, from, dir string) (what string, ok bool, err error) {
+	i.mu.Lock()
+	list := i.list
+	i.mu.Unlock()
+	for _, one := range list {
+		select {
+		case <-one.opened:
+		case <-ctx.Done():
+			return "", false, context.Cause(ctx)
+		}
+		if one.im == nil {
+			continue
+		}
+		if what, ok, err = one.im.RestoreMount(ctx, id, from, dir); ok || err != nil {
+			return what, ok, err
+		}
+	}
+	return "", false, nil
 }
 
 // isDead says that asking any further would only cost time.
