@@ -29,9 +29,7 @@ var (
 		pb.CapSessionExporter:           "session exporters",
 	}
 	missingGateway = map[apicaps.CapID]string{
-		gwpb.CapImportCaches:                          "cache import",
-		gwpb.CapSourceMetaResolverImageAttestations:   "attestations of an image",
-		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "checksum requests of an HTTP source",
+		gwpb.CapImportCaches: "cache import",
 	}
 )
 
