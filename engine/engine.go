@@ -323,6 +323,8 @@ func (e *Engine) openAPIs(opts Options) error {
 		Layouts: func(ctx context.Context, env *solver.Env, ref, session, store string, p *ocispec.Platform) (digest.Digest, []byte, error) {
 			return layoutResolver.ResolveConfig(ctx, env, ref, layoutsource.Layout{Session: session, Store: store}, p)
 		},
+		Attestations: resolver.Attestations,
+
 		Sources:    func(source *pb.SourceOp) (solver.Source, error) { return op.NewSource(opDeps, source) },
 		Containers: op.NewContainers(opDeps),
 		Exporters: exporter.Types{

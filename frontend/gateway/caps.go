@@ -28,10 +28,7 @@ var (
 		pb.CapRemoteCacheAzBlob:         "cache import and export",
 		pb.CapSessionExporter:           "session exporters",
 	}
-	missingGateway = map[apicaps.CapID]string{
-		gwpb.CapSourceMetaResolverImageAttestations:   "attestations of an image",
-		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "checksum requests of an HTTP source",
-	}
+	missingGateway = map[apicaps.CapID]string{}
 )
 
 // LLBCaps lists what the solver can do, in the form of the gateway protocol.
