@@ -49,6 +49,7 @@ import (
 	localexporter "github.com/seed-68981b69/slipway/exporter/local"
 	"github.com/seed-68981b69/slipway/exporter/ocilayout"
 	registryexporter "github.com/seed-68981b69/slipway/exporter/registry"
+	snapshotexporter "github.com/seed-68981b69/slipway/exporter/snapshot"
 	tarexporter "github.com/seed-68981b69/slipway/exporter/tar"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
@@ -152,6 +153,7 @@ type Engine struct {
 	syncer   *syncer
 	gc       *collector // nil when switched off
 	contexts *local.Contexts
+	built    *built
 	// extraLabels are the owner's.
 	extraLabels map[string]string
 	stepNetwork executor.NetworkMode
@@ -284,6 +286,10 @@ func (e *Engine) openAPIs(opts Options) error {
 	}
 	newOp := op.New(opDeps)
 
+	e.built = &built{
+		Images: dockerapi.StoreImages(st.Images, st.Blobs, st.Layers), ensure: st.Layers.Ensure,
+		lease: func(id string) func() { return st.Lease(id).Release },
+	}
 	policies, err := opts.GC.rules(st)
 	if err != nil {
 		return err
@@ -335,6 +341,8 @@ func (e *Engine) openAPIs(opts Options) error {
 			"local":     localexporter.New(files),
 			"tar":       tarexporter.New(files),
 			"cacheonly": exporter.CacheOnly,
+
+			snapshotexporter.Type: snapshotexporter.New(e.built.keep),
 		},
 		Caches:                e.caches,
 		History:               builds,
@@ -371,7 +379,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		return err
 	}
 	e.docker, err = dockerapi.New(dockerapi.Options{
-		Images:   sweeping{dockerapi.StoreImages(st.Images, st.Blobs, st.Layers), e},
+		Images:   sweeping{e.built, e},
 		Roots:    dockerapi.StoreRoots(st.Snapshots),
 		Registry: &remotes{store: st, registry: remote, puller: puller, pusher: pusher, synced: e.syncer.request},
 		Archives: &archives{store: st, layers: layerBlobs, puller: puller, dir: e.path("tmp"), synced: e.syncer.request},
@@ -462,6 +470,9 @@ func (e *Engine) Close() error {
 	}
 	if e.buildkit != nil {
 		errs = append(errs, e.buildkit.Close())
+	}
+	if e.built != nil {
+		e.built.close()
 	}
 	e.sweeps.Wait()
 	if e.gc != nil && e.gc.close() {
