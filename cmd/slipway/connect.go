@@ -36,6 +36,8 @@ type app struct {
 	// jobs and maxMemory are for the engine, when this process opens one; 0 is the default.
 	jobs      int
 	maxMemory memorySize
+	// extraCA are PEM files with authorities for steps, for the engine that this process opens.
+	extraCA []string
 	tls       tlsFiles
 	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
 

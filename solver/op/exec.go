@@ -422,6 +422,7 @@ type step struct {
 	made    []stepOutput
 	undo    []func() error // last first
 	secrets string         // directory of the tmpfs with secrets, "" when there is none
+	ca      *stepCA        // what it trusts besides the authorities of its root; may be nil
 	// sources are the directories on this host behind the bind and cache mounts, by index of the mount.
 	sources map[int]string
 }
@@ -476,6 +477,10 @@ func (s *step) spec(ctx context.Context) (executor.Spec, error) {
 	if err != nil {
 		return none, err
 	}
+	if s.ca, err = s.extraCA(ctx, view); err != nil {
+		return none, err
+	}
+	environ = s.ca.environ(environ)
 	spec := executor.Spec{
 		ID:              "step-" + randomID(),
 		ReadonlyRootfs:  rootMount.Readonly,
@@ -620,13 +625,20 @@ func (s *step) mounts(ctx context.Context) (root string, out []executor.Mount, e
 		em.Readonly = em.Readonly || m.Readonly
 		out = append(out, em)
 	}
+	if s.ca != nil {
+		out = append(out, s.ca.mount())
+	}
 	// A mount must not hide one that was made below it.
 	slices.SortStableFunc(out, func(a, b executor.Mount) int { return strings.Compare(a.Target, b.Target) })
 	return root, out, nil
 }
 
 func (s *step) mount(ctx context.Context, in snapshot.Snapshot, writable bool) (*snapshot.Mount, error) {
-	mnt, err := s.op.deps.Snapshots.Mount(ctx, in, snapshot.MountOptions{Writable: writable})
+	return s.mountWith(ctx, in, snapshot.MountOptions{Writable: writable})
+}
+
+func (s *step) mountWith(ctx context.Context, in snapshot.Snapshot, o snapshot.MountOptions) (*snapshot.Mount, error) {
+	mnt, err := s.op.deps.Snapshots.Mount(ctx, in, o)
 	if err != nil {
 		return nil, err
 	}
@@ -636,7 +648,11 @@ func (s *step) mount(ctx context.Context, in snapshot.Snapshot, writable bool) (
 
 // rootMount is writable even when the process sees it read-only, for the mount points.
 func (s *step) rootMount(ctx context.Context, m *pb.Mount) (string, error) {
-	mnt, err := s.mount(ctx, s.input(m), true)
+	o := snapshot.MountOptions{Writable: true}
+	if s.ca != nil && s.ca.above != "" {
+		o.Above, o.Finish = s.ca.above, s.ca.takeBack
+	}
+	mnt, err := s.mountWith(ctx, s.input(m), o)
 	if err != nil {
 		return "", err
 	}
