@@ -38,8 +38,8 @@ type app struct {
 	maxMemory memorySize
 	// extraCA are PEM files with authorities for steps, for the engine that this process opens.
 	extraCA []string
-	tls       tlsFiles
-	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
+	tls     tlsFiles
+	config  string // the configuration file of an engine that is opened here; "" is one of the usual places
 
 	program string // the name in front of messages
 
