@@ -112,6 +112,8 @@ type Options struct {
 	Network     executor.NetworkMode
 	NetworkPool int
 	DNS         *network.DNS
+	// ExtraCA are PEM files with certificate authorities that build steps trust besides those of their images.
+	ExtraCA []string
 	// CgroupParent is the cgroup of steps that name none, relative to the engine's.
 	CgroupParent string
 	// Labels are shown to clients besides our own, and Platforms instead of what is found.
@@ -262,6 +264,10 @@ func (e *Engine) openAPIs(opts Options) error {
 	st.AddSource(held{dir: e.path("layers", "uppers"), kind: cache.TypeInternal, description: "files of a running step or container"})
 	st.AddSource(held{dir: e.path("executor"), kind: cache.TypeInternal, description: "programs and containers of the engine", name: "executor"})
 	st.AddSource(held{dir: e.path("contexts-stat"), kind: cache.TypeInternal, description: "what is remembered of context directories", name: "contexts"})
+	extraCA, err := op.LoadExtraCA(e.path("extra-ca"), opts.ExtraCA)
+	if err != nil {
+		return err
+	}
 	opDeps := op.Deps{
 		Snapshots: st.Snapshots,
 		Layers:    st.Layers,
@@ -281,6 +287,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		DefaultNetwork:      opts.Network,
 		DefaultCgroupParent: opts.CgroupParent,
 		KeepFailed:          st.KeepFailed,
+		ExtraCA:             extraCA,
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
 	}

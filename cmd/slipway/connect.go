@@ -37,8 +37,10 @@ type app struct {
 	// jobs and maxMemory are for the engine, when this process opens one; 0 is the default.
 	jobs      int
 	maxMemory memorySize
-	tls       tlsFiles
-	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
+	// extraCA are PEM files with authorities for steps, for the engine that this process opens.
+	extraCA []string
+	tls     tlsFiles
+	config  string // the configuration file of an engine that is opened here; "" is one of the usual places
 
 	program string // the name in front of messages
 

@@ -47,6 +47,7 @@ func newDaemonCommand(a *app) *cobra.Command {
 	f.DurationVar(&d.idle, "idle-timeout", 0, "stop after this long without connections, builds and containers (0: never)")
 	f.IntVar(&a.jobs, "jobs", 0, "run so many build steps at once, all builds together [$SLIPWAY_JOBS]\n(default: the number of processors, or what a build asks for)")
 	f.Var(&a.maxMemory, "max-memory", "memory for the build steps that run at once, like 512m or 2g [$SLIPWAY_MAX_MEMORY]\n(default: 80% of the machine's)")
+	f.StringArrayVar(&a.extraCA, "extra-ca", nil, "PEM file with certificate authorities that build steps trust besides those of their images, and that are in no\nlayer; may be repeated [$SLIPWAY_EXTRA_CA, with colons between]")
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "stop", Short: "Stop the engine and wait until it has ended", Args: args(0, 0),

@@ -55,6 +55,7 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 		Entitlements: conf.Entitlements,
 		NetworkPool:  oci.NetworkPoolSize,
 		CgroupParent: oci.CgroupParent,
+		ExtraCA:      conf.Slipway.ExtraCA,
 		Labels:       oci.Labels,
 		Warnings:     conf.Warnings,
 		Frontends: buildkitapi.Frontends{

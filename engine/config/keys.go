@@ -121,14 +121,21 @@ var Keys = []Key{
 	{Path: "compaction.*", Status: NoEffect, Why: "the engine's database tidies itself up"},
 }
 
+// OwnKeys are keys that BuildKit does not have; a buildkitd ignores them.
+var OwnKeys = []Key{
+	{Path: "slipway.extraCA", Status: Done},
+}
+
 // containerdKeys begin with this and mean nothing while that worker is not enabled.
 const containerdKeys = "worker.containerd."
 
 // find returns the entry of a path, nil when there is none. As in BuildKit, case does not matter.
 func find(path []string) *Key {
-	for i := range Keys {
-		if match(strings.Split(Keys[i].Path, "."), path) {
-			return &Keys[i]
+	for _, keys := range [][]Key{Keys, OwnKeys} {
+		for i := range keys {
+			if match(strings.Split(keys[i].Path, "."), path) {
+				return &keys[i]
+			}
 		}
 	}
 	return nil
