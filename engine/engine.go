@@ -71,6 +71,9 @@ const (
 	LabelBuilds    = "slipway.builds"
 	LabelLayers    = "slipway.layers"
 	LabelSnapshots = "slipway.snapshots"
+	LabelUser      = "slipway.user"
+	LabelNetwork   = "slipway.network"
+	LabelLimits    = "slipway.limits"
 	LabelHostname  = "org.mobyproject.buildkit.worker.hostname"
 	LabelExecutor  = "org.mobyproject.buildkit.worker.executor"
 	// What BuildKit's OCI worker says of itself.
@@ -143,19 +146,20 @@ type HistoryLimits struct {
 
 // Engine is an open engine. Its methods may be called concurrently.
 type Engine struct {
-	log      *slog.Logger
-	root     string
-	store    *cache.Store
-	network  containerNetwork // nil when there is none here
-	executor *runc.Runc
-	buildkit *buildkitapi.Server
-	caches   *remotecache.Caches
-	docker   *dockerapi.Server
-	server   *server
-	syncer   *syncer
-	gc       *collector // nil when switched off
-	contexts *local.Contexts
-	built    *built
+	log        *slog.Logger
+	root       string
+	store      *cache.Store
+	network    containerNetwork // nil when there is none here, because of networkErr
+	networkErr error
+	executor   *runc.Runc
+	buildkit   *buildkitapi.Server
+	caches     *remotecache.Caches
+	docker     *dockerapi.Server
+	server     *server
+	syncer     *syncer
+	gc         *collector // nil when switched off
+	contexts   *local.Contexts
+	built      *built
 	// extraLabels are the owner's.
 	extraLabels map[string]string
 	stepNetwork executor.NetworkMode
@@ -183,16 +187,21 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 	if e.store, err = cache.Open(ctx, root); err != nil {
 		return nil, err
 	}
-	networkErr := e.openNetwork(opts)
-	if networkErr != nil {
-		e.log.Warn("containers have no network of their own", "error", networkErr)
+	if err := checkIDs(root); err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	if s := userns.Started(); s != nil && s.Note != "" {
+		e.log.Warn(s.Note)
+	}
+	if e.networkErr = e.openNetwork(opts); e.networkErr != nil {
+		e.log.Warn("containers have no network of their own", "error", e.networkErr)
 	}
 	runDir := "" // below /run
 	if userns.Inside() {
 		runDir = e.path("executor", "run") // where /run is, if it is there, belongs to root of the host
 	}
 	if e.executor, err = runc.New(runc.Options{
-		StateDir: e.path("executor"), RunDir: runDir, Network: e.network, NetworkError: networkErr, DNS: opts.DNS, Log: e.log,
+		StateDir: e.path("executor"), RunDir: runDir, Network: e.network, NetworkError: e.networkErr, DNS: opts.DNS, Log: e.log,
 	}); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
@@ -394,9 +403,12 @@ func (e *Engine) openAPIs(opts Options) error {
 		Builder:  builder{e},
 		Dir:      e.root,
 		Version:  Version,
+		Rootless: userns.Inside(),
+		NoLimits: e.executor.NoLimits() != "",
 		Info: func() [][2]string {
 			return [][2]string{
 				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
+				{"User", e.user()}, {"Network", e.networkKind()}, {"Limits", e.limits()},
 				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
 				{"driver-type", "io.containerd.snapshotter.v1"},
 			}
@@ -578,6 +590,9 @@ func (e *Engine) labels() map[string]string {
 		LabelBuilds:    strconv.Itoa(e.buildkit.Active()),
 		LabelLayers:    e.layers(),
 		LabelSnapshots: e.snapshots(),
+		LabelUser:      e.user(),
+		LabelNetwork:   e.networkKind(),
+		LabelLimits:    e.limits(),
 		LabelExecutor:  "libcontainer",
 	}
 	if name, err := os.Hostname(); err == nil {

@@ -109,14 +109,20 @@ func defaultRoot() (string, error) {
 	if !ordinaryUser() {
 		return "/var/lib/slipway", nil
 	}
+	data, err := dataHome()
+	return filepath.Join(data, "slipway"), err
+}
+
+// dataHome is where an ordinary user's programs keep their state.
+func dataHome() (string, error) {
 	if dir := os.Getenv("XDG_DATA_HOME"); dir != "" {
-		return filepath.Join(dir, "slipway"), nil
+		return dir, nil
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
 		return "", fmt.Errorf("no place for state: set --root or $XDG_DATA_HOME: %w", err)
 	}
-	return filepath.Join(home, ".local", "share", "slipway"), nil
+	return filepath.Join(home, ".local", "share"), nil
 }
 
 // runtimeDir is where sockets go that are not kept beside their state.
@@ -419,6 +425,9 @@ func (a *app) startDaemon(ctx context.Context, dial dialFunc) (net.Conn, error) 
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	startEngine := cmd.Start
 	if needsNamespace() {
+		if missing := userns.Missing(); missing != "" {
+			fmt.Fprintf(a.err, "%s: starting the engine: %s\n", a.program, missing)
+		}
 		startEngine = func() error { return userns.Start(cmd, false) }
 	}
 	if err := startEngine(); err != nil {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/network"
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // The places of configuration files, for everybody and below a user's own directory.
@@ -46,6 +48,9 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 	level, err := conf.LogLevel()
 	if err != nil {
 		return engine.Options{}, err
+	}
+	if oci.Rootless && !userns.Inside() {
+		return engine.Options{}, errors.New("worker.oci.rootless: this is root of the host: start the engine as an ordinary user, or in a user namespace")
 	}
 	options := engine.Options{
 		Level: level, LogJSON: conf.Log.Format == "json",
