@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"archive/tar"
 	"bytes"
 	"fmt"
 	"os"
@@ -10,11 +11,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/schema"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/compress"
 )
@@ -168,6 +171,58 @@ func TestSchemas(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestUnpackedByUmoci: owners, modes, times and extended attributes are on the disk of who unpacks an image what they were in the build.
+func TestUnpackedByUmoci(t *testing.T) {
+	te := openTest(t)
+	dir := t.TempDir()
+	old := time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)
+	capability := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" // cap_net_bind_service
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range []tar.Header{
+		{Typeflag: tar.TypeDir, Name: "d/", Mode: 0o2750, Uid: 3, Gid: 70000},
+		{Typeflag: tar.TypeReg, Name: "d/f", Mode: 0o6711, Uid: 1234, Gid: 5678, PAXRecords: map[string]string{
+			"SCHILY.xattr.security.capability": capability, "SCHILY.xattr.user.k": "v\x00w",
+		}},
+		{Typeflag: tar.TypeSymlink, Name: "d/l", Linkname: "/d/f", Mode: 0o777, Uid: 9, Gid: 9},
+	} {
+		h.ModTime = old
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, "in.tar"), b.Bytes())
+	write(t, filepath.Join(dir, "Dockerfile"), []byte("FROM scratch\nADD in.tar /\n"))
+	for _, compression := range []string{"gzip", "estargz", "uncompressed"} {
+		layout, bundle := filepath.Join(t.TempDir(), "layout"), filepath.Join(t.TempDir(), "bundle")
+		entry := bkclient.ExportEntry{Type: "oci", Attrs: map[string]string{"tar": "false", "name": "x:x", "compression": compression}, OutputDir: layout}
+		if _, err := te.exportFrom(dir, bkclient.SolveOpt{Exports: []bkclient.ExportEntry{entry}}); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "umoci", "unpack", "--image", layout+":x", bundle)
+		for name, want := range map[string]string{"d": "3 70000 42750", "d/f": "1234 5678 106711", "d/l": "9 9 120777"} {
+			path := filepath.Join(bundle, "rootfs", name)
+			var st unix.Stat_t
+			if err := unix.Lstat(path, &st); err != nil {
+				t.Fatal(err)
+			}
+			if got := fmt.Sprintf("%d %d %o", st.Uid, st.Gid, st.Mode); got != want || st.Mtim.Sec != old.Unix() {
+				t.Errorf("%s: %s is %s of %v, want %s of %v", compression, name, got, time.Unix(st.Mtim.Sec, 0).UTC(), want, old)
+			}
+		}
+		for name, want := range map[string]string{"security.capability": capability, "user.k": "v\x00w"} {
+			value := make([]byte, 100)
+			n, err := unix.Lgetxattr(filepath.Join(bundle, "rootfs/d/f"), name, value)
+			if err != nil || string(value[:n]) != want {
+				t.Errorf("%s: %s is %q, %v, want %q", compression, name, value[:max(n, 0)], err, want)
+			}
+		}
 	}
 }
 
