@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/engine/explain"
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
@@ -136,7 +137,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 			recorder.close()
 		}
 	}
-	s.finishTrace(traced, b, recorded, err)
+	s.finishTrace(traced, b, recorded, explain.NewRedactor(s.WorkerID, req.opts, reports).Text, err)
 	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
 	if err != nil {
 		return nil, err
