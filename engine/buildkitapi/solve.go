@@ -67,7 +67,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	})
 	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
 	defer s.requests.Forget(made.origin)
-	client, err := gateway.New(gateway.Options{
+	gatewayOptions := gateway.Options{
 		Build:   solverBuild,
 		View:    s.View,
 		Images:  s.Images,
@@ -90,7 +90,11 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Solved:        func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
 		Entitlements:  req.entitlements,
 		FailedResult:  s.FailedResult,
-	}, req.opts, req.inputs)
+	}
+	if s.Devices != nil {
+		gatewayOptions.Devices = s.Devices // not a typed nil
+	}
+	client, err := gateway.New(gatewayOptions, req.opts, req.inputs)
 	if err != nil {
 		solverBuild.Close()
 		s.builds.refuse(in.Ref)

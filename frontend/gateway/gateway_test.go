@@ -210,8 +210,10 @@ func TestEntitlements(t *testing.T) {
 			t.Errorf("allowed %v: %v", tc.allowed, err)
 		}
 	}
-	if _, err := New(Options{Entitlements: []string{"device"}}, nil, nil); err == nil {
-		t.Error("an unknown entitlement is accepted")
+	for _, name := range []string{"everything", "network.host=x", "device=vendor.test/x=y,alias=z"} {
+		if _, err := New(Options{Entitlements: []string{name}}, nil, nil); err == nil {
+			t.Errorf("the entitlement %q is accepted", name)
+		}
 	}
 }
 

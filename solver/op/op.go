@@ -53,6 +53,8 @@ type Deps struct {
 	DefaultCgroupParent string
 	// Allowed says whether the build that env belongs to may use an entitlement. nil allows none.
 	Allowed func(env *solver.Env, entitlement string) bool
+	// Devices finds CDI devices of the host; nil when there are none.
+	Devices Devices
 	// BinfmtDir is where the kernel shows its handlers for foreign programs; "" means where it does.
 	BinfmtDir string
 	// KeepFailed keeps what a failed process has left, as cache.Store.KeepFailed does; nil keeps nothing.
