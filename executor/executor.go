@@ -42,6 +42,8 @@ type Spec struct {
 
 	// Privileged lifts seccomp, capabilities, masked paths and the device filter.
 	Privileged bool
+	// Devices are CDI devices of the host by their full names, which bring nodes, mounts and variables of their own.
+	Devices []string
 	// CapAdd and CapDrop change the default capability set ("CAP_…" or "ALL").
 	CapAdd, CapDrop []string
 	// NoNewPrivileges is set for build steps by whoever wants it; docker's default for containers is false.

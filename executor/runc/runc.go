@@ -44,6 +44,8 @@ type Options struct {
 	NetworkError error
 	// DNS says how containers on the host's network resolve names; nil is the host's way.
 	DNS *network.DNS
+	// Devices finds what Spec.Devices names; nil when there are none.
+	Devices Devices
 	// RunDir is where run-time state goes; "" means a directory in /run made from StateDir.
 	RunDir string
 	// StandardInit has all containers made by libcontainer's own init, which takes four times as long. It is there to
@@ -51,6 +53,11 @@ type Options struct {
 	StandardInit bool
 	// Log gets what goes wrong in the background; nil means slog.Default.
 	Log *slog.Logger
+}
+
+// Devices adds CDI devices of the host to what a container gets: a *cdi.Devices.
+type Devices interface {
+	Inject(spec *specs.Spec, names []string) error
 }
 
 // Network gives containers a network of their own: a *network.Network, or a *network.User for an ordinary user.
@@ -240,6 +247,14 @@ func (p *process) start(ctx context.Context, s executor.Spec, stdio executor.IO)
 	spec, err := runtimeSpec(s, h)
 	if err != nil {
 		return err
+	}
+	if len(s.Devices) > 0 {
+		if r.opts.Devices == nil {
+			return fmt.Errorf("CDI devices %s: there are none on this engine", strings.Join(s.Devices, ", "))
+		}
+		if err := r.opts.Devices.Inject(spec, s.Devices); err != nil {
+			return err
+		}
 	}
 	if p.points, err = r.roots.acquire(rootfs); err != nil {
 		return err
