@@ -37,7 +37,8 @@ func TestPlanIDs(t *testing.T) {
 			"two ranges, and some that are none", with(func(m *machine) {
 				m.uids = []user.SubID{{SubID: 5000, Count: 100}, {SubID: -1, Count: 5}, {SubID: 1 << 32, Count: 1}, {SubID: 9, Count: 0}, {SubID: 200000, Count: 70000}}
 			}),
-			[]Range{{0, 1000, 1}, {1, 5000, 100}, {101, 200000, 70000}}, true, "",
+			[]Range{{0, 1000, 1}, {1, 5000, 100}, {101, 200000, 70000}},
+			true, "",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
