@@ -417,8 +417,12 @@ func (e *Engine) openAPIs(opts Options) error {
 		NoLimits: e.executor.NoLimits() != "",
 		Info: func() [][2]string {
 			return [][2]string{
-				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
-				{"User", e.user()}, {"Network", e.networkKind()}, {"Limits", e.limits()},
+				{"Root Dir", e.root},
+				{"Layers", e.layers()},
+				{"Snapshots", e.snapshots()},
+				{"User", e.user()},
+				{"Network", e.networkKind()},
+				{"Limits", e.limits()},
 				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
 				{"driver-type", "io.containerd.snapshotter.v1"},
 			}

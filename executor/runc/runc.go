@@ -146,7 +146,7 @@ func (r *Runc) sweep() error {
 	}
 	var errs error
 	for _, e := range entries {
-		errs = errors.Join(errs, sweepContainer(filepath.Join(r.containersDir(), e.Name())))
+		errs = errors.Join(errs, sweepContainer(filepath.Join(r.containersDir(), e.Name()), r.NoLimits() == ""))
 	}
 	return errors.Join(errs, sweepCgroups(r.host.CgroupParent), os.RemoveAll(r.runDir))
 }
