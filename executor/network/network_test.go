@@ -6,6 +6,7 @@ package network
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -314,7 +315,7 @@ func TestNetworkLifetime(t *testing.T) {
 	if err := netlink.LinkDel(l); err != nil {
 		t.Fatal(err)
 	}
-	if err := deleteTable(n.tableName()); err != nil {
+	if err := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true)); err != nil {
 		t.Fatal(err)
 	}
 	ns, err := n.Acquire(t.Context())
@@ -331,7 +332,7 @@ func TestNetworkLifetime(t *testing.T) {
 			t.Errorf("%s is not on the bridge again: %v", ns.link, err)
 		}
 	}
-	if there, err := hasTable(n.tableName()); !there {
+	if there, err := hasTable(n.tableName(), false); !there {
 		t.Errorf("the table was not made again: %v", err)
 	}
 
