@@ -25,9 +25,9 @@ ff02::1	ip6-allnodes
 ff02::2	ip6-allrouters
 `
 
-// hostsFile makes /etc/hosts. ip is the container's own address if it has one, gateway the host as seen from it;
+// hostsFile makes /etc/hosts. ip and ip6 are the container's own addresses if it has some, gateway the host as seen from it;
 // hostFile is the host's own /etc/hosts, which a container in the host's network shares.
-func hostsFile(s executor.Spec, hostname string, ip, gateway netip.Addr, hostFile []byte) ([]byte, error) {
+func hostsFile(s executor.Spec, hostname string, ip, ip6, gateway netip.Addr, hostFile []byte) ([]byte, error) {
 	var b strings.Builder
 	if s.Network == executor.NetworkHost && len(hostFile) > 0 {
 		b.Write(hostFile)
@@ -56,6 +56,9 @@ func hostsFile(s executor.Spec, hostname string, ip, gateway netip.Addr, hostFil
 	switch {
 	case ip.IsValid():
 		fmt.Fprintf(&b, "%s\t%s\n", ip, hostname)
+		if ip6.IsValid() {
+			fmt.Fprintf(&b, "%s\t%s\n", ip6, hostname)
+		}
 	case s.Network == executor.NetworkNone:
 		fmt.Fprintf(&b, "127.0.0.1\t%s\n", hostname)
 	}

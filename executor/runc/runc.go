@@ -313,12 +313,12 @@ func canConfigureNetwork(capAdd []string) bool {
 
 // generate writes the container's own versions of the files in /etc that say who it is and where names come from.
 func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
-	var ip, gateway netip.Addr
+	var ip, ip6, gateway netip.Addr
 	var hostHosts, resolvConf []byte
 	var err error
 	switch s.Network {
 	case executor.NetworkBridge:
-		ip, gateway = p.ns.IP(), p.r.opts.Network.Gateway()
+		ip, ip6, gateway = p.ns.IP(), p.ns.IP6(), p.r.opts.Network.Gateway()
 		if resolvConf, err = p.r.opts.Network.ResolvConf(); err != nil {
 			return nil, err
 		}
@@ -334,7 +334,7 @@ func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
 	case executor.NetworkNone:
 		resolvConf = []byte{}
 	}
-	hosts, err := hostsFile(s, s.Hostname, ip, gateway, hostHosts)
+	hosts, err := hostsFile(s, s.Hostname, ip, ip6, gateway, hostHosts)
 	if err != nil {
 		return nil, err
 	}
