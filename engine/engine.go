@@ -380,7 +380,9 @@ func (e *Engine) openAPIs(opts Options) error {
 		Version:  Version,
 		Info: func() [][2]string {
 			return [][2]string{
-				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
+				{"Root Dir", e.root},
+				{"Layers", e.layers()},
+				{"Snapshots", e.snapshots()},
 				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
 				{"driver-type", "io.containerd.snapshotter.v1"},
 			}

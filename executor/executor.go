@@ -37,6 +37,8 @@ type Spec struct {
 	Hostname   string
 	ExtraHosts []HostEntry
 	Network    NetworkMode
+	// Nameservers, DNSSearch and DNSOptions take the place of what the host has of each in /etc/resolv.conf.
+	Nameservers, DNSSearch, DNSOptions []string
 	// Ports are published from the host; only with NetworkBridge.
 	Ports []Port
 
@@ -44,6 +46,8 @@ type Spec struct {
 	Privileged bool
 	// CapAdd and CapDrop change the default capability set ("CAP_…" or "ALL").
 	CapAdd, CapDrop []string
+	// SeccompUnconfined lifts seccomp alone.
+	SeccompUnconfined bool
 	// NoNewPrivileges is set for build steps by whoever wants it; docker's default for containers is false.
 	NoNewPrivileges bool
 	Ulimits         []Ulimit
