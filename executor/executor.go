@@ -95,7 +95,10 @@ type User struct {
 	AdditionalGroups []uint32
 }
 
-// HostEntry is one line of /etc/hosts.
+// HostGateway is the address of a HostEntry that stands for the host itself, as in docker's --add-host.
+const HostGateway = "host-gateway"
+
+// HostEntry is one line of /etc/hosts. IP is an address or HostGateway.
 type HostEntry struct{ Host, IP string }
 
 // NetworkMode says which network a container sees.

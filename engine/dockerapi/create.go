@@ -298,10 +298,11 @@ func (p *plan) planNetwork(c *container.Config, h *container.HostConfig) error {
 			host, ip, ok = other, ip2, true
 		}
 		ip = strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]")
-		if ip == "host-gateway" {
-			return unsupported("HostConfig.ExtraHosts with host-gateway")
+		_, err := netip.ParseAddr(ip)
+		if ip == executor.HostGateway && p.spec.Network != executor.NetworkNone {
+			err = nil
 		}
-		if _, err := netip.ParseAddr(ip); !ok || host == "" || err != nil {
+		if !ok || host == "" || err != nil {
 			return invalid("invalid extra host %q: want HOST:IP", entry)
 		}
 		p.spec.ExtraHosts = append(p.spec.ExtraHosts, executor.HostEntry{Host: host, IP: ip})

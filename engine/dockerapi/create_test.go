@@ -82,7 +82,7 @@ func TestRefusedOptions(t *testing.T) {
 		{`{"NetworkMode":"container:x"}`, "NetworkMode"},
 		{`{"SecurityOpt":["seccomp={}"]}`, "seccomp with a profile"},
 		{`{"SecurityOpt":["apparmor=mine"]}`, "SecurityOpt"},
-		{`{"ExtraHosts":["h:host-gateway"]}`, "host-gateway"},
+		{`{"ExtraHosts":["h:host-gateway"]}`, ""},
 		{`{"PortBindings":{"80/sctp":[{}]}}`, "80/sctp"},
 		{`{"PortBindings":{"80/tcp":[{"HostPort":"8000-8010"}]}}`, "range of host ports"},
 		{`{"Binds":["/a:/b:rshared"]}`, "propagation"},
