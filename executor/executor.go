@@ -37,6 +37,8 @@ type Spec struct {
 	Hostname   string
 	ExtraHosts []HostEntry
 	Network    NetworkMode
+	// Nameservers, DNSSearch and DNSOptions take the place of what the host has of each in /etc/resolv.conf.
+	Nameservers, DNSSearch, DNSOptions []string
 	// Ports are published from the host; only with NetworkBridge.
 	Ports []Port
 
@@ -46,6 +48,8 @@ type Spec struct {
 	Devices []string
 	// CapAdd and CapDrop change the default capability set ("CAP_…" or "ALL").
 	CapAdd, CapDrop []string
+	// SeccompUnconfined lifts seccomp alone.
+	SeccompUnconfined bool
 	// NoNewPrivileges is set for build steps by whoever wants it; docker's default for containers is false.
 	NoNewPrivileges bool
 	Ulimits         []Ulimit
@@ -93,7 +97,10 @@ type User struct {
 	AdditionalGroups []uint32
 }
 
-// HostEntry is one line of /etc/hosts.
+// HostGateway is the address of a HostEntry that stands for the host itself, as in docker's --add-host.
+const HostGateway = "host-gateway"
+
+// HostEntry is one line of /etc/hosts. IP is an address or HostGateway.
 type HostEntry struct{ Host, IP string }
 
 // NetworkMode says which network a container sees.

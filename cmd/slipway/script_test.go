@@ -67,7 +67,7 @@ func TestMain(m *testing.M) {
 //	port NAME                  sets $NAME to a free port
 //	await FILE...              waits until the files exist
 //	pty INPUT PROGRAM…         runs a program on a terminal of 30 rows and 100 columns and types the file INPUT;
-//	                           a line "<TEXT" of it waits until TEXT was shown
+//	                           a line "<TEXT" of it waits until TEXT was shown, and "@ROWSxCOLUMNS" changes the terminal's size
 //	daemon-pid NAME            sets $NAME to the process ID of the engine
 //	daemon-kill                kill -9 of the engine
 //	tmpfs DIR SIZE             mounts a small file system until the script ends
@@ -533,6 +533,11 @@ func scriptPTY(ts *testscript.TestScript, neg bool, args []string) {
 	for line := range strings.Lines(input) {
 		if text, ok := strings.CutPrefix(line, "<"); ok {
 			waitFor(strings.TrimSuffix(text, "\n"))
+			continue
+		}
+		var rows, cols uint16
+		if n, _ := fmt.Sscanf(line, "@%dx%d", &rows, &cols); n == 2 {
+			ts.Check(unix.IoctlSetWinsize(int(control.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols}))
 			continue
 		}
 		_, err := io.WriteString(control, line)

@@ -14,9 +14,6 @@ import (
 	"github.com/seed-68981b69/slipway/executor"
 )
 
-// hostGateway is the address that stands for the host itself in ExtraHosts, as in docker's --add-host.
-const hostGateway = "host-gateway"
-
 const loopbackHosts = `127.0.0.1	localhost
 ::1	localhost ip6-localhost ip6-loopback
 fe00::0	ip6-localnet
@@ -39,7 +36,7 @@ func hostsFile(s executor.Spec, hostname string, ip, ip6, gateway netip.Addr, ho
 	}
 	for _, h := range s.ExtraHosts {
 		addr := h.IP
-		if addr == hostGateway {
+		if addr == executor.HostGateway {
 			if !gateway.IsValid() {
 				return nil, fmt.Errorf("extra host %s: there is no host to reach with network %q", h.Host, s.Network)
 			}

@@ -334,6 +334,7 @@ func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
 	case executor.NetworkNone:
 		resolvConf = []byte{}
 	}
+	resolvConf = (&network.DNS{Nameservers: s.Nameservers, SearchDomains: s.DNSSearch, Options: s.DNSOptions}).Apply(resolvConf)
 	hosts, err := hostsFile(s, s.Hostname, ip, ip6, gateway, hostHosts)
 	if err != nil {
 		return nil, err
