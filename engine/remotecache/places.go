@@ -19,18 +19,17 @@ import (
 	"github.com/seed-68981b69/slipway/cache/share"
 )
 
-// Where the bytes of an imported layer are is written to disk with the layer, without credentials. While a build goes on that has opened the
-// place, its way there is used by everybody; afterwards registries are asked without credentials, and directories of clients are gone.
+// Where the bytes of an imported layer are is written to disk with the layer, without credentials. Registries are asked with the access of
+// whoever needs the layer, as for layers of images (registry.Origin), but for those that need no certificate: they are places here. A directory of a
+// client can be read while a build goes on that has imported it, by everybody who knows the layer; then it is gone.
 
 // place is a place that blobs can be read from.
 type place struct {
-	Registry string `json:"registry,omitempty"`
-	Insecure bool   `json:"insecure,omitempty"`
+	// Insecure is a reference of a registry that needs no certificate.
+	Insecure string `json:"insecure,omitempty"`
 	// Local is a directory of the client.
 	Local string `json:"local,omitempty"`
 }
-
-func registryPlace(ref string, insecure bool) place { return place{Registry: ref, Insecure: insecure} }
 
 // origin is where one layer is.
 type origin struct {
@@ -96,16 +95,12 @@ func (c *Caches) OpenBlob(ctx context.Context, where string) (desc ocispec.Descr
 	}
 	desc = ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}
 	ways := c.open.find(o.place)
-	if o.Registry != "" && len(ways) == 0 {
-		remote := c.deps.Registry
-		if o.Insecure {
-			remote = remote.Lenient()
-		}
-		anonymous, err := share.OpenRepository(remote, o.Registry, c.sources)
+	if o.Insecure != "" {
+		repository, err := share.OpenRepository(c.deps.Registry.Lenient().For(ctx), o.Insecure, c.sources)
 		if err != nil {
 			return desc, nil, true, err
 		}
-		ways = append(ways, anonymous)
+		ways = append(ways, repository)
 	}
 	if len(ways) == 0 {
 		return desc, nil, true, errors.New("the client whose directory it is in has gone")
