@@ -245,7 +245,7 @@ func listing(t *testing.T, dir string) string {
 func TestTree(t *testing.T) {
 	ctx := t.Context()
 	dir, place := t.TempDir(), newMemory()
-	makeTree(t, dir, 4000)
+	makeTree(t, dir, 1500)
 	if err := unix.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -253,7 +253,7 @@ func TestTree(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if first.Left != 1 || first.Changed != 0 || first.Files != 4003 || len(ref.Packs) < 2 {
+	if first.Left != 1 || first.Changed != 0 || first.Files != 1503 || len(ref.Packs) < 2 {
 		t.Errorf("exported %+v, %d packs", first, len(ref.Packs))
 	}
 	if err := os.Remove(filepath.Join(dir, "pipe")); err != nil {
