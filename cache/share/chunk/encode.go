@@ -113,6 +113,10 @@ func decodeManifest(packed []byte) (*manifest, error) {
 	if err != nil {
 		return nil, err
 	}
+	return decodePlain(b)
+}
+
+func decodePlain(b []byte) (*manifest, error) {
 	d := &decoder{b: b}
 	if got := d.bytes(len(magic)); string(got) != magic {
 		return nil, errors.New("not of a version that this program knows")
