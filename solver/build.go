@@ -102,6 +102,8 @@ type BuildOptions struct {
 	Pull bool
 	// Imports is asked for what the cache does not have; may be nil.
 	Imports Imports
+	// Mounts is handed to ops; may be nil.
+	Mounts MountSource
 	// Jobs limits the steps of this build that run at once, within Options.Jobs if that is set; 0 means no limit of its own.
 	Jobs int
 }
@@ -118,6 +120,7 @@ type Build struct {
 	noCacheFilter []string
 	verify        bool
 	pull          bool
+	mounts        MountSource
 	jobs          int
 	imports       Imports
 
@@ -167,7 +170,7 @@ func (s *Solver) NewBuild(o BuildOptions) *Build {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	b := &Build{
 		solver: s, id: o.ID, session: o.Session, display: newDisplay(o.Writer),
-		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), verify: o.Verify, pull: o.Pull, jobs: o.Jobs, imports: o.Imports,
+		noCache: o.NoCache, noCacheFilter: slices.Clone(o.NoCacheFilter), verify: o.Verify, pull: o.Pull, jobs: o.Jobs, imports: o.Imports, mounts: o.Mounts,
 		ctx: ctx, cancel: cancel,
 		entries: make(map[digest.Digest]*entry), pins: make(map[digest.Digest]result), made: make(map[digest.Digest]made),
 		reports: make(map[digest.Digest]*Report), lost: make(map[layer.ID]bool),
@@ -259,6 +262,20 @@ func (b *Build) ignoresCache(e *entry) bool {
 		return false
 	}
 	return b.noCache || slices.Contains(b.noCacheFilter, stageName(e.vertex.Name)) && stageName(e.vertex.Name) != ""
+}
+
+// Ops calls fn with each op that has been loaded.
+func (b *Build) Ops(fn func(*pb.Op)) {
+	s := b.solver
+	s.mu.Lock()
+	ops := make([]*pb.Op, 0, len(b.entries))
+	for _, e := range b.entries {
+		ops = append(ops, e.vertex.Op)
+	}
+	s.mu.Unlock()
+	for _, op := range ops {
+		fn(op)
+	}
 }
 
 // Result evaluates an edge that Load has returned (or one of a vertex below it) and returns its snapshot; the zero Edge

@@ -107,7 +107,7 @@ func (s *Solver) begin(n *node, id string, work func(*run) (result, error)) *run
 	}
 	session := &runSession{r}
 	r.ctx = forClient(ctx, session, r.out)
-	r.env = &Env{Session: session, Progress: r.out, Pull: r.owner.pull, BuildID: r.owner.id, Unread: n.unread}
+	r.env = &Env{Session: session, Progress: r.out, Pull: r.owner.pull, BuildID: r.owner.id, Unread: n.unread, Mounts: r.owner.mounts}
 	s.runs[id] = r
 	release := s.lease("run " + id)
 	go func() {

@@ -132,8 +132,17 @@ type Env struct {
 	// Unread says that nothing in the build will look into the result, as far as is known: it is exported, or other layers are put
 	// on it. An image's layers can stay in the registry then.
 	Unread bool
+	// Mounts has what cache mounts of other machines contain; may be nil.
+	Mounts MountSource
 
 	peakMemory atomic.Int64
+}
+
+// MountSource has the content of cache mounts from other machines.
+type MountSource interface {
+	// RestoreMount writes the content of a cache mount to dir, an empty directory, and says what it was; ok is false if there is none. id is
+	// the mount's, from the digest of its first files or "". After an error dir may have a part of it.
+	RestoreMount(ctx context.Context, id, from, dir string) (what string, ok bool, err error)
 }
 
 // ReportPeakMemory tells how much memory, in bytes, the work has needed at most so far. The largest report is

@@ -43,6 +43,8 @@ type CacheMounts struct {
 	use map[string][]*cacheCopy // by key
 	// sizes are those of copies that nobody has used since they were measured, by directory.
 	sizes map[string]int64
+	// reading counts those that export a copy, by directory: it is not deleted.
+	reading map[string]int
 	// freed is closed and replaced whenever a copy becomes free.
 	freed chan struct{}
 }
@@ -52,6 +54,11 @@ type cacheCopy struct {
 	n      int
 	users  int
 	shared bool
+	// taken counts the steps that have used it, and since is when it was free last.
+	taken int
+	since time.Time
+	// making is held by the one who makes it.
+	making sync.Mutex
 }
 
 type cacheMountInfo struct {
@@ -110,7 +117,11 @@ func (c *CacheMounts) try(key string, sharing pb.CacheSharingOpt) (int, func(), 
 		pick = &cacheCopy{n: len(c.use[key])}
 		c.use[key] = append(c.use[key], pick)
 	}
+	if pick.users == 0 {
+		pick.since = c.clock()
+	}
 	pick.users++
+	pick.taken++
 	pick.shared = sharing == pb.CacheSharingOpt_SHARED
 	return pick.n, func() {
 		c.mu.Lock()
@@ -123,38 +134,22 @@ func (c *CacheMounts) try(key string, sharing pb.CacheSharingOpt) (int, func(), 
 	}, nil
 }
 
-// open returns the directory of a copy, which fill makes the first time.
+// open returns the directory of a copy that a step has acquired; fill makes what is in it the first time.
 func (c *CacheMounts) open(info cacheMountInfo, n int, fill func(dir string) error) (string, error) {
-	top := filepath.Join(c.dir, info.key())
-	dir := filepath.Join(top, strconv.Itoa(n))
-	if _, err := os.Lstat(dir); err == nil {
-		return dir, nil
-	}
-	// Two that share a new copy come here at once.
+	key := info.key()
+	dir := c.copyDir(key, n)
+	// Of two that share a new copy one makes it; others need not wait for them.
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	cp := c.use[key][n]
+	c.mu.Unlock()
+	cp.making.Lock()
+	defer cp.making.Unlock()
 	if _, err := os.Lstat(dir); err == nil {
 		return dir, nil
-	}
-	if err := os.MkdirAll(top, 0o700); err != nil {
-		return "", err
-	}
-	b, err := json.Marshal(info)
-	if err != nil {
-		return "", err
-	}
-	if err := os.WriteFile(filepath.Join(top, "mount.json"), b, 0o600); err != nil {
-		return "", err
 	}
 	// A copy that is there is a complete one: it gets its name last.
 	tmp := dir + ".tmp"
-	if err := os.RemoveAll(tmp); err != nil {
-		return "", err
-	}
-	if err := os.Mkdir(tmp, 0o755); err != nil {
-		return "", err
-	}
-	if err := os.Chmod(tmp, 0o755); err != nil {
+	if err := c.begin(info, tmp); err != nil {
 		return "", err
 	}
 	if fill != nil {
@@ -163,6 +158,29 @@ func (c *CacheMounts) open(info cacheMountInfo, n int, fill func(dir string) err
 		}
 	}
 	return dir, os.Rename(tmp, dir)
+}
+
+// begin makes an empty directory for a copy, beside a note of what it is for. A key's directory that has something in it is not deleted.
+func (c *CacheMounts) begin(info cacheMountInfo, tmp string) error {
+	b, err := json.Marshal(info)
+	if err != nil {
+		return err
+	}
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := os.MkdirAll(filepath.Dir(tmp), 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(filepath.Dir(tmp), "mount.json"), b, 0o600); err != nil {
+		return err
+	}
+	if err := os.Mkdir(tmp, 0o755); err != nil {
+		return err
+	}
+	return os.Chmod(tmp, 0o755)
 }
 
 // cacheDirs takes the directories of all cache mounts of a step, by index of the mount. It takes them in the
@@ -209,6 +227,12 @@ func (s *step) cacheDirs(ctx context.Context) (map[int]string, error) {
 		}
 		s.later(func() error { release(); return nil })
 		dir, err := s.op.caches.open(w.info, n, func(dir string) error {
+			// Further copies begin as they do where the first one was made.
+			if n == 0 {
+				if ok, err := s.restoreMount(ctx, w.info, dir); ok || err != nil {
+					return err
+				}
+			}
 			if len(w.from) == 0 {
 				return nil
 			}

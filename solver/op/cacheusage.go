@@ -168,10 +168,10 @@ func (c *CacheMounts) Remove(ctx context.Context, id string) (bool, error) {
 func (c *CacheMounts) detach(key string, n int, trash string) (bool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.used(key, n) {
+	dir := c.copyDir(key, n)
+	if c.used(key, n) || c.reading[dir] > 0 {
 		return false, nil
 	}
-	dir := c.copyDir(key, n)
 	if err := os.MkdirAll(filepath.Dir(trash), 0o700); err != nil {
 		return false, fmt.Errorf("delete cache mount: %w", err)
 	}

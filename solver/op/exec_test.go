@@ -32,9 +32,10 @@ import (
 // execEnv runs real containers on a busybox.
 type execEnv struct {
 	*Deps
-	t     *testing.T
-	newOp func(*solver.Vertex) (solver.Op, error)
-	root  snapshot.Snapshot
+	t      *testing.T
+	newOp  func(*solver.Vertex) (solver.Op, error)
+	root   snapshot.Snapshot
+	mounts solver.MountSource
 }
 
 func newExecEnv(t *testing.T) *execEnv {
@@ -86,6 +87,7 @@ func (e *execEnv) run(ctx context.Context, o *pb.ExecOp, session solver.Session,
 		e.t.Fatal(err)
 	}
 	env, rec := newEnv(e.t)
+	env.Mounts = e.mounts
 	if session != nil {
 		env.Session = session
 	}
