@@ -303,7 +303,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		Layers: st.Layers, Blobs: st.Blobs, Images: st.Images, Records: st.Records, Pusher: pusher, LayerBlobs: layerBlobs,
 	})
 	e.caches = remotecache.New(remotecache.Deps{
-		Layers: st.Layers, Blobs: st.Blobs, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs, Log: e.log,
+		Layers: st.Layers, Blobs: st.Blobs, Records: st.Records, Registry: remote, LayerBlobs: layerBlobs, Mounts: caches, Log: e.log,
 	})
 	st.Layers.OnFetch(remotecache.Scheme, e.caches.Fetch)
 	e.buildkit, err = buildkitapi.New(buildkitapi.Options{

@@ -17,6 +17,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/share/chunk"
 )
 
 // Version is that of the documents written here.
@@ -45,6 +46,7 @@ type Document struct {
 	Version int      `json:"version"`
 	Layers  []Layer  `json:"layers"`
 	Records []Record `json:"records"`
+	Mounts  []Mount  `json:"mounts,omitempty"`
 }
 
 // Layer is one layer that records name.
@@ -56,6 +58,8 @@ type Layer struct {
 	Content digest.Digest `json:"content"`
 	// Blob is its tar as a blob, with OCI's media types; nil in an image's config.
 	Blob *ocispec.Descriptor `json:"blob,omitempty"`
+	// Chunks are its tar in chunks, instead of Blob.
+	Chunks *chunk.Ref `json:"chunks,omitempty"`
 	// Index is its encoded table of contents, zstd; nil in an image's config.
 	Index *ocispec.Descriptor `json:"index,omitempty"`
 }
@@ -142,6 +146,7 @@ func Decode(b []byte) (d *Document, ignored int, err error) {
 	for i := range d.Layers {
 		usable[i] = d.Layers[i].check() == nil
 	}
+	d.Mounts = slices.DeleteFunc(d.Mounts, func(m Mount) bool { return m.check() != nil })
 	before := len(d.Records)
 	seen := make(map[string]bool, before)
 	d.Records = slices.DeleteFunc(d.Records, func(r Record) bool {
@@ -159,6 +164,14 @@ func (l *Layer) check() error {
 	}
 	if l.Size < 0 {
 		return fmt.Errorf("a tar of %d bytes", l.Size)
+	}
+	if l.Chunks != nil {
+		if l.Blob != nil {
+			return errors.New("both a blob and chunks")
+		}
+		if err := l.Chunks.Check(); err != nil {
+			return err
+		}
 	}
 	for _, desc := range []*ocispec.Descriptor{l.Blob, l.Index} {
 		if desc == nil {
@@ -266,19 +279,26 @@ func (d *Document) normalize() {
 	}
 	slices.SortFunc(records, func(a, b Record) int { return cmp.Compare(a.Key, b.Key) })
 	d.Layers, d.Records = layers, records
+	d.Mounts = sortMounts(d.Mounts)
 }
 
 // Blobs are all blobs that the document names, each once, in its order.
 func (d *Document) Blobs() []ocispec.Descriptor {
 	var out []ocispec.Descriptor
 	seen := map[digest.Digest]bool{}
-	for i := range d.Layers {
-		for _, desc := range d.Layers[i].blobs() {
+	add := func(descs []ocispec.Descriptor) {
+		for _, desc := range descs {
 			if !seen[desc.Digest] {
 				seen[desc.Digest] = true
 				out = append(out, desc)
 			}
 		}
+	}
+	for i := range d.Layers {
+		add(d.Layers[i].blobs())
+	}
+	for i := range d.Mounts {
+		add(d.Mounts[i].Content.Blobs())
 	}
 	return out
 }
@@ -291,6 +311,9 @@ func (l *Layer) blobs() []ocispec.Descriptor {
 	}
 	if l.Blob != nil {
 		out = append(out, *l.Blob)
+	}
+	if l.Chunks != nil {
+		out = append(out, l.Chunks.Blobs()...)
 	}
 	return out
 }

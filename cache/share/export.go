@@ -46,6 +46,8 @@ type ExportOptions struct {
 	// Name is that of the document.
 	Name   string
 	Layers LayerSource
+	// Chunked sends large layers in chunks, if Layers is a ChunkSource.
+	Chunked bool
 	// Progress is called with the bytes of each blob that is sent, by its digest, last with done. It may be nil and is called from
 	// several goroutines.
 	Progress func(id string, current, total int64, done bool)
@@ -63,8 +65,11 @@ type Export struct {
 	slots chan struct{}
 	group sync.WaitGroup
 
-	mu     sync.Mutex // guards layers
+	chunks func() (*chunks, error)
+
+	mu     sync.Mutex // guards layers and mounts
 	layers map[layer.ID]*sending
+	mounts []Mount
 }
 
 // sending is a layer on its way.
@@ -114,6 +119,7 @@ func NewExport(ctx context.Context, opts ExportOptions) *Export {
 	}
 	e := &Export{opts: opts, slots: make(chan struct{}, parallel), layers: map[layer.ID]*sending{}}
 	e.ctx, e.stop = context.WithCancelCause(ctx)
+	e.chunks = sync.OnceValues(e.openChunks)
 	return e
 }
 
@@ -149,27 +155,22 @@ func (e *Export) layer(id layer.ID) *sending {
 
 // send brings one layer and its index to the backend.
 func (s *sending) send(e *Export, id layer.ID) {
+	if done, err := s.sendChunks(e, id); done {
+		s.err = err
+		return
+	}
 	blob, err := e.opts.Layers.Blob(e.ctx, id)
 	if err != nil {
 		s.err, s.lost = fmt.Errorf("layer %s: %w", id, err), true
 		return
 	}
-	x, err := e.opts.Layers.Index(e.ctx, id)
-	if err != nil {
-		s.err, s.lost = fmt.Errorf("index of layer %s: %w", id, err), true
-		return
-	}
-	packed, err := pack(x.Encode())
+	x, table, err := s.sendIndex(e, id)
 	if err != nil {
 		s.err = err
 		return
 	}
 	desc := ocispec.Descriptor{MediaType: blob.Desc.MediaType, Digest: blob.Desc.Digest, Size: blob.Desc.Size}
-	table := descriptorOf(MediaTypeIndex, packed)
-	s.layer = Layer{DiffID: blob.DiffID, Size: blob.Size, Content: x.Digest(), Blob: &desc, Index: &table}
-	if s.err = putBytes(e.ctx, e.opts.Backend, table, packed); s.err != nil {
-		return
-	}
+	s.layer = Layer{DiffID: blob.DiffID, Size: blob.Size, Content: x.Digest(), Blob: &desc, Index: table}
 	var read error // of the layer, not of the place
 	sent := false
 	s.err = e.opts.Backend.Put(e.ctx, desc, func() (io.ReadCloser, error) {
@@ -184,6 +185,21 @@ func (s *sending) send(e *Export, id layer.ID) {
 	if s.err == nil && sent {
 		e.opts.Progress(desc.Digest.String(), desc.Size, desc.Size, true)
 	}
+}
+
+// sendIndex brings the table of contents of a layer to the backend.
+func (s *sending) sendIndex(e *Export, id layer.ID) (*index.Index, *ocispec.Descriptor, error) {
+	x, err := e.opts.Layers.Index(e.ctx, id)
+	if err != nil {
+		s.lost = true
+		return nil, nil, fmt.Errorf("index of layer %s: %w", id, err)
+	}
+	packed, err := pack(x.Encode())
+	if err != nil {
+		return nil, nil, err
+	}
+	desc := descriptorOf(MediaTypeIndex, packed)
+	return x, &desc, putBytes(e.ctx, e.opts.Backend, desc, packed)
 }
 
 // reporting tells how much has been read, every 256 KiB.
@@ -295,6 +311,9 @@ func (e *Export) document(items []Item) (*Document, error) {
 		r.Outputs = outputs
 		d.Records = append(d.Records, r)
 	}
+	e.mu.Lock()
+	d.Mounts = slices.Clone(e.mounts)
+	e.mu.Unlock()
 	d.normalize()
 	return d, nil
 }

@@ -4,6 +4,7 @@ package share
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 
@@ -23,16 +24,22 @@ const (
 func Merge(old, now *Document, at time.Time) *Document {
 	out := &Document{Layers: slices.Clone(now.Layers), Records: slices.Clone(now.Records)}
 	if old == nil {
+		out.Mounts = slices.Clone(now.Mounts)
 		out.normalize()
 		return out
 	}
+	out.Mounts = mergeMounts(old.Mounts, now.Mounts, at)
 	have := make(map[string]bool, len(now.Records))
 	for _, r := range now.Records {
 		have[r.Key] = true
 	}
 	counted := map[string]int{} // layerKey: its number in out
+	paid := map[digest.Digest]bool{}
 	for i := range out.Layers {
 		counted[out.Layers[i].layerKey()] = i
+		for _, desc := range out.Layers[i].blobs() {
+			paid[desc.Digest] = true
+		}
 	}
 	rest := slices.Clone(old.Records)
 	slices.SortFunc(rest, func(a, b Record) int {
@@ -45,14 +52,22 @@ func Merge(old, now *Document, at time.Time) *Document {
 			continue
 		}
 		var more int64
+		unpaid := map[digest.Digest]bool{}
 		for _, i := range r.layersOf() {
-			if _, ok := counted[old.Layers[i].layerKey()]; !ok && old.Layers[i].Blob != nil {
-				more += old.Layers[i].Blob.Size
+			if _, ok := counted[old.Layers[i].layerKey()]; ok {
+				continue
+			}
+			for _, desc := range old.Layers[i].blobs() {
+				if !paid[desc.Digest] && !unpaid[desc.Digest] {
+					unpaid[desc.Digest] = true
+					more += desc.Size
+				}
 			}
 		}
 		if bytes+more > keepBytes {
 			continue
 		}
+		maps.Copy(paid, unpaid)
 		bytes += more
 		outputs := make([][]int, len(r.Outputs))
 		for j, o := range r.Outputs {
@@ -82,6 +97,11 @@ func (d *Document) without(missing []ocispec.Descriptor) *Document {
 		gone[desc.Digest] = true
 	}
 	out := &Document{Layers: slices.Clone(d.Layers)}
+	for _, m := range d.Mounts {
+		if !slices.ContainsFunc(m.Content.Blobs(), func(desc ocispec.Descriptor) bool { return gone[desc.Digest] }) {
+			out.Mounts = append(out.Mounts, m)
+		}
+	}
 	for _, r := range d.Records {
 		lost := slices.ContainsFunc(r.layersOf(), func(i int) bool {
 			return slices.ContainsFunc(d.Layers[i].blobs(), func(desc ocispec.Descriptor) bool { return gone[desc.Digest] })

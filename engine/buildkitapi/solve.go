@@ -67,7 +67,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	imports := s.Caches.NewImports(ctx, session)
 	defer imports.Close()
 	solverBuild := s.Solver.NewBuild(solver.BuildOptions{
-		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Verify: req.verifyCache, Jobs: req.jobs, Imports: imports,
+		ID: req.ref, Session: session, Writer: recorder, Pull: pull, Verify: req.verifyCache, Jobs: req.jobs, Imports: imports, Mounts: imports,
 	})
 	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
 	defer s.requests.Forget(made.origin)

@@ -5,6 +5,7 @@
 package remotecache
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -12,10 +13,12 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/docker/go-units"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/registry"
+	"github.com/seed-68981b69/slipway/cache/share/s3"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
 )
 
@@ -23,6 +26,7 @@ import (
 const (
 	TypeRegistry = "registry"
 	TypeLocal    = "local"
+	TypeS3       = "s3"
 	TypeInline   = "inline"
 )
 
@@ -48,15 +52,23 @@ func (e Entry) String() string {
 			return "local directory " + src
 		}
 		return "local directory " + e.Attrs["dest"]
+	case TypeS3:
+		return "bucket " + e.Attrs["bucket"] + ", " + e.Attrs["prefix"] + s3Name(e.Attrs)
 	}
 	return e.Type
 }
 
-// key tells entries apart.
+// s3Name is the name of the document in a bucket.
+func s3Name(attrs map[string]string) string { return cmp.Or(attrs["name"], "main") }
+
+// key tells entries apart. It is shown to nobody, but hashed where it is.
 func (e Entry) key() string {
 	var b strings.Builder
 	b.WriteString(e.Type)
 	for _, name := range slices.Sorted(maps.Keys(e.Attrs)) {
+		if slices.Contains(s3.Secrets, name) {
+			continue
+		}
 		fmt.Fprintf(&b, "\x00%s=%s", name, e.Attrs[name])
 	}
 	return b.String()
@@ -71,6 +83,9 @@ type ImportSpec struct {
 	// Dir and Digest are of a directory of the client.
 	Dir    string
 	Digest digest.Digest
+	// Bucket is one of S3, and Name that of the document in it.
+	Bucket s3.Options
+	Name   string
 }
 
 // ExportSpec is a checked place to export to.
@@ -79,6 +94,13 @@ type ExportSpec struct {
 	Ref      string
 	Insecure bool
 	Dir      string
+	Bucket   s3.Options
+	Name     string
+	// Mounts are the names of cache mounts to be exported, or the one that means all; MountsMaxSize is how many bytes of each, 0 for no limit.
+	Mounts        []string
+	MountsMaxSize int64
+	// Chunked sends large layers in chunks.
+	Chunked bool
 	// Max exports all steps of a build, not only those whose layers its result has.
 	Max         bool
 	Compression layerblob.Compression
@@ -92,9 +114,16 @@ func ParseImport(e Entry) (ImportSpec, error) {
 	if why, ok := unsupported[e.Type]; ok {
 		return s, fmt.Errorf("cache import of type %s: %s", e.Type, why)
 	}
-	var err error
+	bucket, taken, err := bucketOf(e)
+	if err != nil {
+		return s, fmt.Errorf("cache import of type %s: %w", e.Type, err)
+	}
+	s.Bucket, s.Name = bucket, s3Name(e.Attrs)
 	for _, name := range slices.Sorted(maps.Keys(e.Attrs)) {
 		value := e.Attrs[name]
+		if slices.Contains(taken, name) {
+			continue
+		}
 		switch e.Type + " " + name {
 		case "registry ref":
 			s.Ref, err = fullRef(value)
@@ -119,7 +148,7 @@ func ParseImport(e Entry) (ImportSpec, error) {
 		return s, errors.New("cache import of type registry needs ref=")
 	case e.Type == TypeLocal && s.Dir == "":
 		return s, errors.New("cache import of type local needs src=")
-	case e.Type != TypeRegistry && e.Type != TypeLocal:
+	case e.Type != TypeRegistry && e.Type != TypeLocal && e.Type != TypeS3:
 		return s, fmt.Errorf("cache import of type %s is not supported", e.Type)
 	}
 	return s, nil
@@ -144,7 +173,15 @@ func ParseExport(e Entry) (ExportSpec, error) {
 	if why, ok := unsupported[e.Type]; ok {
 		return s, fmt.Errorf("cache export of type %s: %s", e.Type, why)
 	}
+	bucket, taken, err := bucketOf(e)
+	if err != nil {
+		return s, fmt.Errorf("cache export of type %s: %w", e.Type, err)
+	}
+	s.Bucket, s.Name = bucket, s3Name(e.Attrs)
 	for _, name := range slices.Sorted(maps.Keys(e.Attrs)) {
+		if slices.Contains(taken, name) {
+			continue
+		}
 		if err := s.set(name, e.Attrs[name]); err != nil {
 			return s, fmt.Errorf("cache export of type %s: attribute %s=%s: %w", e.Type, name, e.Attrs[name], err)
 		}
@@ -157,10 +194,29 @@ func ParseExport(e Entry) (ExportSpec, error) {
 		return s, errors.New("cache export of type registry needs ref=")
 	case e.Type == TypeLocal && s.Dir == "":
 		return s, errors.New("cache export of type local needs dest=")
-	case e.Type != TypeRegistry && e.Type != TypeLocal && e.Type != TypeInline:
+	case s.MountsMaxSize > 0 && len(s.Mounts) == 0:
+		return s, errors.New("cache export: mounts-max-size says how much of each cache mount is exported: say which with mounts=")
+	case s.Chunked && (e.Attrs["compression"] != "" || e.Attrs["compression-level"] != "" || e.Attrs["force-compression"] != ""):
+		return s, errors.New("cache export: chunked=true and compression exclude each other: chunks are compressed with zstd")
+	case e.Type != TypeRegistry && e.Type != TypeLocal && e.Type != TypeInline && e.Type != TypeS3:
 		return s, fmt.Errorf("cache export of type %s is not supported", e.Type)
 	}
 	return s, nil
+}
+
+// bucketOf reads the attributes that are about a bucket and names them. Secrets are not in its errors.
+func bucketOf(e Entry) (s3.Options, []string, error) {
+	if e.Type != TypeS3 {
+		return s3.Options{}, nil, nil
+	}
+	o, taken, err := s3.ParseOptions(e.Attrs)
+	if err != nil {
+		return o, nil, err
+	}
+	if strings.Contains(e.Attrs["name"], ";") {
+		return o, nil, fmt.Errorf("name=%s: several names are not supported: say --cache-to or --cache-from once for each", e.Attrs["name"])
+	}
+	return o, append(taken, "name"), o.Check()
 }
 
 func (s *ExportSpec) set(name, value string) (err error) {
@@ -194,7 +250,30 @@ func (s *ExportSpec) set(name, value string) (err error) {
 			return errors.New("not supported: a build that fails has no image")
 		}
 		return err
+	case "mounts":
+		if s.Type == TypeInline {
+			return errors.New("not supported: an image does not carry cache mounts")
+		}
+		if s.Mounts = strings.Split(value, ","); slices.Contains(s.Mounts, "") {
+			return errors.New("want the IDs of cache mounts, or all")
+		}
+		return nil
+	case "mounts-max-size":
+		s.MountsMaxSize, err = units.RAMInBytes(value)
+		if err == nil && s.MountsMaxSize <= 0 {
+			err = errors.New("want a size such as 2GB")
+		}
+		return err
+	case "chunked":
+		s.Chunked, err = strconv.ParseBool(value)
+		if err == nil && s.Chunked && s.Type == TypeInline {
+			return errors.New("not supported: an image has its layers as they are")
+		}
+		return err
 	case "oci-mediatypes", "image-manifest":
+		if s.Type == TypeS3 {
+			return errors.New("not supported: there are no manifests in a bucket")
+		}
 		yes, err := strconv.ParseBool(value)
 		if err == nil && !yes {
 			return errors.New("not supported: a cache is an OCI image manifest")

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -16,6 +17,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/cache/share/s3"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/engine/explain"
 	"github.com/seed-68981b69/slipway/solver"
@@ -31,6 +33,7 @@ type Exports struct {
 	// attrs are the build's: what in records is not for everybody.
 	attrs map[string]string
 	list  []*exporting
+	began time.Time
 	// inline is set when the images' configs have a cache.
 	inline bool
 }
@@ -41,8 +44,9 @@ type exporting struct {
 	number int
 	export *share.Export // nil when err says why
 	err    error
-	// manifest is what PutRef has written.
+	// manifest is what PutRef has written; nil where there are no manifests.
 	manifest func() ocispec.Descriptor
+	close    func() error // of the place; may be nil
 	stop     func()
 
 	mu     sync.Mutex // guards progress
@@ -53,7 +57,7 @@ type exporting struct {
 // Begin opens the places of specs, those that are inline left out, and begins to send what is certain to be exported. ref names the
 // build. Finish or Stop it.
 func (c *Caches) Begin(ctx context.Context, specs []ExportSpec, session Session, build *solver.Build, imports *Imports, attrs map[string]string) *Exports {
-	x := &Exports{caches: c, build: build, attrs: attrs}
+	x := &Exports{caches: c, build: build, attrs: attrs, began: time.Now()}
 	for i, spec := range specs {
 		if spec.Type == TypeInline {
 			x.inline = true
@@ -67,7 +71,7 @@ func (c *Caches) Begin(ctx context.Context, specs []ExportSpec, session Session,
 			continue
 		}
 		e.export = share.NewExport(ctx, share.ExportOptions{
-			Backend: backend, Name: name, Layers: layers{c, spec.Compression}, Progress: e.progress, Warn: e.warn,
+			Backend: backend, Name: name, Layers: layers{c, spec.Compression}, Chunked: spec.Chunked, Progress: e.progress, Warn: e.warn,
 		})
 		if spec.Max {
 			e.stop = build.WatchAll(e.export.Add)
@@ -94,6 +98,13 @@ func (c *Caches) destination(ctx context.Context, spec ExportSpec, session Sessi
 		content := share.OpenContent(store, imports.directory(spec.Dir))
 		e.manifest = content.Manifest
 		return content, "", nil
+	case TypeS3:
+		bucket, err := s3.New(spec.Bucket)
+		if err != nil {
+			return nil, "", err
+		}
+		e.close = bucket.Close
+		return bucket, spec.Name, nil
 	}
 	return nil, "", fmt.Errorf("cache export of type %s is not supported", spec.Type)
 }
@@ -112,12 +123,15 @@ func (x *Exports) Wanted(failed bool) bool {
 	return slices.ContainsFunc(x.list, func(e *exporting) bool { return !failed || e.spec.OnFailure })
 }
 
-// Stop gives up what has been begun.
+// Stop gives up what has been begun, and ends what has been finished.
 func (x *Exports) Stop(cause error) {
 	for _, e := range x.list {
 		e.stop()
 		if e.export != nil {
 			e.export.Stop(cause)
+		}
+		if e.close != nil {
+			_ = e.close()
 		}
 	}
 }
@@ -145,6 +159,9 @@ func (x *Exports) Finish(ctx context.Context, results []snapshot.Snapshot, faile
 				errs = append(errs, fmt.Errorf("export cache to %s: %w", e.spec, err))
 				return
 			}
+			if e.manifest == nil {
+				return
+			}
 			if raw, err := json.Marshal(e.manifest()); err == nil && (e.spec.Type == TypeLocal || response[ManifestKey] == "") {
 				response[ManifestKey] = string(raw)
 			}
@@ -157,8 +174,11 @@ func (x *Exports) Finish(ctx context.Context, results []snapshot.Snapshot, faile
 // finish is one export.
 func (e *exporting) finish(ctx context.Context, x *Exports, results []snapshot.Snapshot, failed bool, step Step) error {
 	name := "exporting cache to registry"
-	if e.spec.Type == TypeLocal {
+	switch e.spec.Type {
+	case TypeLocal:
 		name = "exporting cache to client directory"
+	case TypeS3:
+		name = "exporting cache to S3"
 	}
 	var ignored error
 	err := step(ctx, name, digest.FromString(fmt.Sprintf("export cache %d %s", e.number, e.spec.key())), func(env *solver.Env) error {
@@ -167,8 +187,13 @@ func (e *exporting) finish(ctx context.Context, x *Exports, results []snapshot.S
 		if err == nil {
 			keys := e.export.Keys()
 			items, used := x.items(ctx, e.spec.Max || failed, results, keys)
+			if len(e.spec.Mounts) > 0 {
+				err = e.mounts(x, env.Progress)
+			}
 			var done share.Exported
-			if done, err = e.export.Finish(items, used); err == nil {
+			if err != nil {
+				e.export.Stop(err)
+			} else if done, err = e.export.Finish(items, used); err == nil {
 				env.Progress.Log(1, fmt.Appendf(nil, "%d records of this build, %d in all\n", done.Own, done.Records))
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/cache/share/s3"
 	"github.com/seed-68981b69/slipway/solver"
 )
 
@@ -46,7 +47,10 @@ type imported struct {
 // errNotNeeded is why an import ends when its build does.
 var errNotNeeded = errors.New("the build has ended")
 
-var _ solver.Imports = (*Imports)(nil)
+var (
+	_ solver.Imports     = (*Imports)(nil)
+	_ solver.MountSource = (*Imports)(nil)
+)
 
 // NewImports returns the imports of a build, none yet. Close it.
 func (c *Caches) NewImports(ctx context.Context, session Session) *Imports {
@@ -101,7 +105,12 @@ func (i *Imports) open(one *imported) error {
 		opts.Backend, opts.Name = repository, spec.Ref
 		opts.Origin = place{Insecure: spec.Ref}.origin
 		if !spec.Insecure {
-			opts.Origin = func(l share.Layer) string { return registry.Origin{Ref: spec.Ref, Desc: *l.Blob}.String() }
+			opts.Origin = func(l share.Layer) string {
+				if l.Chunks != nil {
+					return place{Registry: spec.Ref}.origin(l)
+				}
+				return registry.Origin{Ref: spec.Ref, Desc: *l.Blob}.String()
+			}
 		}
 		opts.Used = func(layers []share.Layer) { c.noteSources(spec.Ref, layers) }
 	case TypeLocal:
@@ -114,6 +123,16 @@ func (i *Imports) open(one *imported) error {
 		place := place{Local: spec.Dir}
 		opts.Origin = place.origin
 		i.leave(c.open.enter(place, content))
+	case TypeS3:
+		bucket, err := s3.New(spec.Bucket)
+		if err != nil {
+			return err
+		}
+		opts.Backend, opts.Name = bucket, spec.Name
+		place := bucketPlace(spec.Bucket)
+		opts.Origin = place.origin
+		leave := c.open.enter(place, bucket)
+		i.leave(func() { leave(); _ = bucket.Close() })
 	}
 	im, err := share.OpenImport(i.ctx, opts)
 	if repository, ok := opts.Backend.(*share.Repository); ok && errors.Is(err, share.ErrNoCache) {
@@ -162,6 +181,27 @@ func (i *Imports) Get(ctx context.Context, key string) (*record.Record, bool) {
 		}
 	}
 	return nil, false
+}
+
+// RestoreMount implements solver.MountSource: the first of the imports that has the mount gives it.
+func (i *Imports) RestoreMount(ctx context.Context, id, from, dir string) (what string, ok bool, err error) {
+	i.mu.Lock()
+	list := i.list
+	i.mu.Unlock()
+	for _, one := range list {
+		select {
+		case <-one.opened:
+		case <-ctx.Done():
+			return "", false, context.Cause(ctx)
+		}
+		if one.im == nil {
+			continue
+		}
+		if what, ok, err = one.im.RestoreMount(ctx, id, from, dir); ok || err != nil {
+			return what, ok, err
+		}
+	}
+	return "", false, nil
 }
 
 // isDead says that asking any further would only cost time.

@@ -4,6 +4,7 @@ package remotecache
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	"github.com/seed-68981b69/slipway/cache/index"
@@ -62,7 +63,20 @@ func (l layers) Index(ctx context.Context, id layer.ID) (*index.Index, error) {
 	return l.caches.deps.Layers.Index(ctx, id)
 }
 
-// Describe implements share.InlineSource.
+// Tar implements share.ChunkSource.
+func (l layers) Tar(ctx context.Context, id layer.ID) (share.TarReader, error) {
+	rc, _, err := l.caches.deps.Layers.OpenTar(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	tar, ok := rc.(share.TarReader)
+	if !ok {
+		return nil, errors.Join(errors.New("its tar cannot be read in any order"), rc.Close())
+	}
+	return tar, nil
+}
+
+// Describe implements share.InlineSource and share.ChunkSource.
 func (l layers) Describe(ctx context.Context, id layer.ID) (share.Layer, error) {
 	info, err := l.caches.deps.Layers.Stat(ctx, id)
 	if err == nil && (info.Form != layer.FormRemote || info.Content == "") {

@@ -17,6 +17,8 @@ import (
 	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/cache/share/chunk"
+	"github.com/seed-68981b69/slipway/cache/share/s3"
 )
 
 // Where the bytes of an imported layer are is written to disk with the layer, without credentials. Registries are asked with the access of
@@ -25,13 +27,22 @@ import (
 
 // place is a place that blobs can be read from.
 type place struct {
-	// Insecure is a reference of a registry that needs no certificate.
+	// Registry is a reference, of layers in chunks; Insecure is one of a registry that needs no certificate.
+	Registry string `json:"registry,omitempty"`
 	Insecure string `json:"insecure,omitempty"`
 	// Local is a directory of the client.
 	Local string `json:"local,omitempty"`
+	// Bucket is one of S3, by endpoint, and Prefix what the names in it begin with.
+	Bucket   string `json:"bucket,omitempty"`
+	Prefix   string `json:"prefix,omitempty"`
+	Endpoint string `json:"endpoint,omitempty"`
 }
 
-// origin is where one layer is.
+func bucketPlace(o s3.Options) place {
+	return place{Bucket: o.Bucket, Prefix: o.Prefix, Endpoint: o.EndpointURL}
+}
+
+// origin is where one layer is: a blob, or the manifest of its chunks.
 type origin struct {
 	place
 	MediaType string        `json:"mediaType"`
@@ -46,10 +57,16 @@ const originPrefix = Scheme + ":"
 
 // origin is the layer.Remote.Origin of a layer there.
 func (p place) origin(l share.Layer) string {
-	if l.Blob == nil {
+	o := origin{place: p}
+	switch {
+	case l.Chunks != nil:
+		o.MediaType, o.Digest, o.Size = chunk.MediaTypeManifest, l.Chunks.Manifest.Digest, l.Chunks.Manifest.Size
+	case l.Blob != nil:
+		o.MediaType, o.Digest, o.Size = l.Blob.MediaType, l.Blob.Digest, l.Blob.Size
+	default:
 		return ""
 	}
-	raw, err := json.Marshal(origin{p, l.Blob.MediaType, l.Blob.Digest, l.Blob.Size})
+	raw, err := json.Marshal(o)
 	if err != nil {
 		panic("remotecache: " + err.Error()) // strings and numbers always marshal
 	}
@@ -87,34 +104,50 @@ func (ps *places) find(p place) []share.Backend {
 	return slices.Clone(ps.open[p])
 }
 
-// OpenBlob opens the blob of a layer by its origin. ok is false for origins that are not of caches. What comes is not verified.
+// ways returns the ways to a place, best first.
+func (c *Caches) ways(ctx context.Context, p place) ([]share.Backend, error) {
+	remote, ref := c.deps.Registry.For(ctx), p.Registry
+	if p.Insecure != "" {
+		remote, ref = c.deps.Registry.Lenient().For(ctx), p.Insecure
+	}
+	if ref != "" {
+		repository, err := share.OpenRepository(remote, ref, c.sources)
+		return []share.Backend{repository}, err
+	}
+	ways := c.open.find(p)
+	switch {
+	case len(ways) > 0:
+		return ways, nil
+	case p.Bucket != "":
+		return nil, errors.New("no build goes on that has credentials for the bucket that it is in")
+	}
+	return nil, errors.New("the client whose directory it is in has gone")
+}
+
+// OpenBlob opens the blob of a layer by its origin. ok is false for origins that are no blobs of caches. What comes is not verified.
 func (c *Caches) OpenBlob(ctx context.Context, where string) (desc ocispec.Descriptor, rc io.ReadCloser, ok bool, err error) {
 	o, ok := parseOrigin(where)
-	if !ok {
+	if !ok || o.MediaType == chunk.MediaTypeManifest {
 		return ocispec.Descriptor{}, nil, false, nil
 	}
 	desc = ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}
-	ways := c.open.find(o.place)
-	if o.Insecure != "" {
-		repository, err := share.OpenRepository(c.deps.Registry.Lenient().For(ctx), o.Insecure, c.sources)
-		if err != nil {
-			return desc, nil, true, err
-		}
-		ways = append(ways, repository)
-	}
-	if len(ways) == 0 {
-		return desc, nil, true, errors.New("the client whose directory it is in has gone")
+	ways, err := c.ways(ctx, o.place)
+	if err != nil {
+		return desc, nil, true, err
 	}
 	for _, way := range ways {
 		if rc, err = way.Open(ctx, desc, 0, -1); err == nil {
-			return desc, rc, true, nil
+			break
 		}
 	}
-	return desc, nil, true, err
+	return desc, rc, true, err
 }
 
 // Fetch is a layer.Fetch.
-func (c *Caches) Fetch(ctx context.Context, _ layer.Info, where string) (io.ReadCloser, error) {
+func (c *Caches) Fetch(ctx context.Context, info layer.Info, where string) (io.ReadCloser, error) {
+	if o, ok := parseOrigin(where); ok && o.MediaType == chunk.MediaTypeManifest {
+		return c.openChunks(ctx, o, info.TarSize)
+	}
 	_, blob, ok, err := c.OpenBlob(ctx, where)
 	if !ok {
 		return nil, fmt.Errorf("origin %q is not one of a cache", where)
@@ -132,6 +165,21 @@ func (c *Caches) Fetch(ctx context.Context, _ layer.Info, where string) (io.Read
 	}{tar, closers{tar, blob}}, nil
 }
 
+// openChunks reads a layer's tar that is kept in chunks.
+func (c *Caches) openChunks(ctx context.Context, o origin, size int64) (rc io.ReadCloser, err error) {
+	ref := chunk.Ref{Manifest: ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}}
+	ways, err := c.ways(ctx, o.place)
+	if err != nil {
+		return nil, err
+	}
+	for _, way := range ways {
+		if rc, err = chunk.OpenTar(ctx, way, ref, size); err == nil {
+			break
+		}
+	}
+	return rc, err
+}
+
 // closers are closed together.
 type closers []io.Closer
 
@@ -143,10 +191,10 @@ func (cs closers) Close() error {
 	return errors.Join(errs...)
 }
 
-// Blob returns the blob that an origin names.
+// Blob returns the blob that an origin names; false for a layer in chunks.
 func Blob(where string) (ocispec.Descriptor, bool) {
 	o, ok := parseOrigin(where)
-	return ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}, ok
+	return ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}, ok && o.MediaType != chunk.MediaTypeManifest
 }
 
 func parseOrigin(where string) (origin, bool) {

@@ -16,6 +16,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/share"
 	"github.com/seed-68981b69/slipway/exporter/layerblob"
 	"github.com/seed-68981b69/slipway/solver"
+	"github.com/seed-68981b69/slipway/solver/op"
 )
 
 // Deps is what shared caches work with.
@@ -25,6 +26,7 @@ type Deps struct {
 	Records    *record.Store
 	Registry   *registry.Registry
 	LayerBlobs *layerblob.Maker
+	Mounts     *op.CacheMounts
 	Log        *slog.Logger
 }
 

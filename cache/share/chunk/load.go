@@ -32,6 +32,9 @@ func load(ctx context.Context, b Blobs, ref Ref) (*manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (%s)", err, ref.Manifest.Digest)
 	}
+	if ref.Packs == nil {
+		return m, nil
+	}
 	if len(m.Packs) != len(ref.Packs) {
 		return nil, fmt.Errorf("%w: manifest %s has %d packs, and the cache names %d for it", ErrCorrupt, ref.Manifest.Digest, len(m.Packs), len(ref.Packs))
 	}

@@ -16,11 +16,11 @@ import (
 )
 
 const (
-	// packBytes is how long a pack gets. Larger ones are fewer requests and fewer blobs in a manifest; three are in
-	// memory while they are sent.
+	// packBytes is how long a pack gets. Larger ones are fewer requests and fewer blobs in a manifest.
 	packBytes = 16 << 20
-	// packUploads is how many packs are sent at once.
+	// A Writer sends packUploads packs at once, for adds trees or tars at once: with those being filled and the chunks ahead, some 130 MB.
 	packUploads = 3
+	adds        = 2
 	// chunksAhead bounds the chunks that are hashed and compressed ahead of the one that is next.
 	chunksAhead = 48
 )
@@ -47,14 +47,19 @@ type stream struct {
 	cur     []byte // the pack being filled
 	curPack int    // its number in m.Packs; -1 when there is none
 	group   *errgroup.Group
-	slots   chan struct{} // one for each pack being sent
 }
 
 // store makes chunks of what feed gives to the cutter and puts those that are not there to the place. The lists of m are filled in, but for the
 // entries or pieces.
 func (w *Writer) store(ctx context.Context, m *manifest, feed func(c *cutter) error) (Stats, error) {
+	select {
+	case w.adds <- struct{}{}:
+		defer func() { <-w.adds }()
+	case <-ctx.Done():
+		return Stats{}, context.Cause(ctx)
+	}
 	g, ctx := errgroup.WithContext(ctx)
-	s := &stream{w: w, m: m, number: map[sum]int{}, packs: map[int]int{}, curPack: -1, group: g, slots: make(chan struct{}, packUploads)}
+	s := &stream{w: w, m: m, number: map[sum]int{}, packs: map[int]int{}, curPack: -1, group: g}
 	order, work := make(chan *job, chunksAhead), make(chan *job, chunksAhead)
 	g.Go(func() error {
 		defer close(order)
@@ -190,12 +195,12 @@ func (s *stream) endPack(ctx context.Context) error {
 	s.stats.Packs++
 	s.stats.Sent += p.Size
 	select {
-	case s.slots <- struct{}{}:
+	case s.w.uploads <- struct{}{}:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	s.group.Go(func() error {
-		defer func() { <-s.slots }()
+		defer func() { <-s.w.uploads }()
 		err := s.w.blobs.Put(ctx, p.descriptor(), func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil })
 		if err != nil {
 			return fmt.Errorf("put pack %s: %w", p.descriptor().Digest, err)

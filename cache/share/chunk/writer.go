@@ -19,7 +19,9 @@ import (
 
 // Writer puts trees and tars to one place. Its methods may be called concurrently.
 type Writer struct {
-	blobs Blobs
+	blobs   Blobs
+	adds    chan struct{} // one for each Add that is going on
+	uploads chan struct{} // one for each pack that is being sent
 
 	mu     sync.RWMutex // guards what follows
 	packs  []pack
@@ -27,7 +29,9 @@ type Writer struct {
 }
 
 // NewWriter returns a Writer to b. It knows of no chunks that are there: see Know.
-func NewWriter(b Blobs) *Writer { return &Writer{blobs: b, chunks: map[sum]place{}} }
+func NewWriter(b Blobs) *Writer {
+	return &Writer{blobs: b, adds: make(chan struct{}, adds), uploads: make(chan struct{}, packUploads), chunks: map[sum]place{}}
+}
 
 // lookup returns where a chunk is, with the number and the name of its pack.
 func (w *Writer) lookup(s sum) (place, pack, bool) {

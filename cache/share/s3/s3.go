@@ -61,13 +61,47 @@ type Options struct {
 	EndpointURL string
 	// PathStyle puts the bucket's name into the path instead of the host name.
 	PathStyle bool
-	// The credentials; without them those of the environment (AWS_ACCESS_KEY_ID and so on, the shared credentials file, a container's
-	// or a machine's role), and if there are none nobody's.
+	// The credentials; without them requests are not signed. See Ambient.
 	AccessKeyID, SecretAccessKey, SessionToken string
 	// UploadParallelism is how many objects are sent at once; 0 is 4.
 	UploadParallelism int
 	// TouchRefresh is the age from which on objects that are used again get a new modification time; 0 is never.
 	TouchRefresh time.Duration
+}
+
+// Secrets are the attributes that must not be shown or kept.
+var Secrets = []string{"access_key_id", "secret_access_key", "session_token"}
+
+// Ambient returns the credentials of this process: those of the environment (AWS_ACCESS_KEY_ID and so on), of the shared credentials file, or of
+// the role of a container or a machine; empty ones if there are none. It is for clients: an engine has no credentials of its own to lend.
+func Ambient() (accessKeyID, secretAccessKey, sessionToken string, err error) {
+	v, err := credentials.NewChainCredentials([]credentials.Provider{
+		&credentials.EnvAWS{},
+		&credentials.FileAWSCredentials{},
+		// The address of a cloud's machine does not answer elsewhere.
+		&credentials.IAM{Client: &http.Client{Timeout: time.Second}},
+	}).GetWithContext(nil)
+	return v.AccessKeyID, v.SecretAccessKey, v.SessionToken, err
+}
+
+// Check says what is wrong with o.
+func (o *Options) Check() error {
+	if o.Bucket == "" {
+		return errors.New("no bucket: say bucket=NAME")
+	}
+	if (o.AccessKeyID == "") != (o.SecretAccessKey == "") {
+		return errors.New("access_key_id and secret_access_key go together")
+	}
+	_, err := o.endpoint()
+	return err
+}
+
+func (o *Options) endpoint() (*url.URL, error) {
+	u, err := url.Parse(cmp.Or(o.EndpointURL, cloud))
+	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" || strings.Trim(u.Path, "/") != "" || u.User != nil || u.RawQuery != "" {
+		return nil, fmt.Errorf("endpoint_url=%s: want http://HOST[:PORT] or https://HOST[:PORT]", redacted(o.EndpointURL))
+	}
+	return u, nil
 }
 
 // ParseOptions takes the attributes of `--cache-to type=s3,…` that are about the place, by BuildKit's names. Others are left to the caller. The second
@@ -123,15 +157,12 @@ var _ share.Backend = (*Backend)(nil)
 
 // New returns the Backend. No request is made.
 func New(opts Options) (*Backend, error) {
-	if opts.Bucket == "" {
-		return nil, errors.New("s3 cache: no bucket: say bucket=NAME")
+	if err := opts.Check(); err != nil {
+		return nil, fmt.Errorf("s3 cache: %w", err)
 	}
-	if (opts.AccessKeyID == "") != (opts.SecretAccessKey == "") {
-		return nil, errors.New("s3 cache: access_key_id and secret_access_key go together")
-	}
-	u, err := url.Parse(cmp.Or(opts.EndpointURL, cloud))
-	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" || strings.Trim(u.Path, "/") != "" || u.User != nil || u.RawQuery != "" {
-		return nil, fmt.Errorf("s3 cache: endpoint_url=%s: want http://HOST[:PORT] or https://HOST[:PORT]", redacted(opts.EndpointURL))
+	u, err := opts.endpoint()
+	if err != nil {
+		return nil, fmt.Errorf("s3 cache: %w", err)
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = heads
@@ -143,7 +174,7 @@ func New(opts Options) (*Backend, error) {
 		lookup = minio.BucketLookupDNS
 	}
 	client, err := minio.NewCore(u.Host, &minio.Options{
-		Creds: opts.credentials(), Secure: u.Scheme == "https", Transport: transport, Region: cmp.Or(opts.Region, "us-east-1"), BucketLookup: lookup,
+		Creds: credentials.NewStaticV4(opts.AccessKeyID, opts.SecretAccessKey, opts.SessionToken), Secure: u.Scheme == "https", Transport: transport, Region: cmp.Or(opts.Region, "us-east-1"), BucketLookup: lookup,
 		MaxRetries: tries,
 	})
 	if err != nil {
@@ -164,18 +195,6 @@ func redacted(s string) string {
 		return "…"
 	}
 	return u.Redacted()
-}
-
-func (o *Options) credentials() *credentials.Credentials {
-	if o.AccessKeyID != "" {
-		return credentials.NewStaticV4(o.AccessKeyID, o.SecretAccessKey, o.SessionToken)
-	}
-	return credentials.NewChainCredentials([]credentials.Provider{
-		&credentials.EnvAWS{},
-		&credentials.FileAWSCredentials{},
-		// The address of a cloud's machine does not answer elsewhere.
-		&credentials.IAM{Client: &http.Client{Timeout: 2 * time.Second}},
-	})
 }
 
 func (b *Backend) blobName(d digest.Digest) string {
