@@ -29,6 +29,7 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
+	"github.com/seed-68981b69/slipway/cache/share/s3/s3test"
 	"github.com/seed-68981b69/slipway/executor/runc/runctest"
 	"github.com/seed-68981b69/slipway/executor/userns"
 )
@@ -62,6 +63,7 @@ func TestMain(m *testing.M) {
 //	exit-code N PROGRAM…       like exec, with this exit code
 //	one-line-error [PATTERN]   the last command wrote nothing to standard error but one line "slipway: …"
 //	registry [tls] [auth|token] serves an empty registry and sets $REGISTRY to its host:port (user sailor, password ahoy)
+//	s3                         serves an empty bucket caches and sets $S3 to the server's URL, $S3_DIR to where the objects are as files, and the credentials
 //	http-serve DIR [AUTH]      serves files and sets $HTTP to host:port; with AUTH only to who sends it as Authorization
 //	[!] http-get URL           prints a page; waits for the server unless it must fail
 //	port NAME                  sets $NAME to a free port
@@ -112,6 +114,7 @@ func TestScript(t *testing.T) {
 			"exit-code":      scriptExitCode,
 			"one-line-error": scriptOneLineError,
 			"registry":       scriptRegistry,
+			"s3":             scriptS3,
 			"http-serve":     scriptServe,
 			"http-get":       scriptGet,
 			"port":           scriptPort,
@@ -686,4 +689,19 @@ func scriptAsNobody(ts *testscript.TestScript, neg bool, args []string) {
 	cmd.Stdout, cmd.Stderr = ts.Stdout(), io.MultiWriter(&stderr, ts.Stderr())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	checkOutcome(ts, neg, cmd.Run())
+}
+
+func scriptS3(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 0 {
+		ts.Fatalf("usage: s3")
+	}
+	s, err := s3test.Start(ts.MkAbs("s3"))
+	if err != nil {
+		ts.Value(scriptTB{}).(testing.TB).Skipf("NO S3 SERVER: SKIPPED: %v", err)
+	}
+	ts.Defer(s.Stop)
+	ts.Setenv("S3", s.Endpoint)
+	ts.Setenv("S3_DIR", s.Dir)
+	ts.Setenv("AWS_ACCESS_KEY_ID", s.AccessKey)
+	ts.Setenv("AWS_SECRET_ACCESS_KEY", s.SecretKey)
 }

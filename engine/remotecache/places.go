@@ -21,13 +21,15 @@ import (
 	"github.com/seed-68981b69/slipway/cache/share/s3"
 )
 
-// Where the bytes of an imported layer are is written to disk with the layer, without credentials. While a build goes on that has opened the
-// place, its way there is used by everybody; afterwards registries are asked without credentials, and directories of clients are gone.
+// Where the bytes of an imported layer are is written to disk with the layer, without credentials. Registries are asked with the access of
+// whoever needs the layer, as for layers of images (registry.Origin), but for those that need no certificate: they are places here. A directory of a
+// client can be read while a build goes on that has imported it, by everybody who knows the layer; then it is gone.
 
 // place is a place that blobs can be read from.
 type place struct {
+	// Registry is a reference, of layers in chunks; Insecure is one of a registry that needs no certificate.
 	Registry string `json:"registry,omitempty"`
-	Insecure bool   `json:"insecure,omitempty"`
+	Insecure string `json:"insecure,omitempty"`
 	// Local is a directory of the client.
 	Local string `json:"local,omitempty"`
 	// Bucket is one of S3, by endpoint, and Prefix what the names in it begin with.
@@ -35,8 +37,6 @@ type place struct {
 	Prefix   string `json:"prefix,omitempty"`
 	Endpoint string `json:"endpoint,omitempty"`
 }
-
-func registryPlace(ref string, insecure bool) place { return place{Registry: ref, Insecure: insecure} }
 
 func bucketPlace(o s3.Options) place {
 	return place{Bucket: o.Bucket, Prefix: o.Prefix, Endpoint: o.EndpointURL}
@@ -105,21 +105,19 @@ func (ps *places) find(p place) []share.Backend {
 }
 
 // ways returns the ways to a place, best first.
-func (c *Caches) ways(p place) ([]share.Backend, error) {
+func (c *Caches) ways(ctx context.Context, p place) ([]share.Backend, error) {
+	remote, ref := c.deps.Registry.For(ctx), p.Registry
+	if p.Insecure != "" {
+		remote, ref = c.deps.Registry.Lenient().For(ctx), p.Insecure
+	}
+	if ref != "" {
+		repository, err := share.OpenRepository(remote, ref, c.sources)
+		return []share.Backend{repository}, err
+	}
 	ways := c.open.find(p)
 	switch {
 	case len(ways) > 0:
 		return ways, nil
-	case p.Registry != "":
-		remote := c.deps.Registry
-		if p.Insecure {
-			remote = remote.Lenient()
-		}
-		anonymous, err := share.OpenRepository(remote, p.Registry, c.sources)
-		if err != nil {
-			return nil, err
-		}
-		return []share.Backend{anonymous}, nil
 	case p.Bucket != "":
 		return nil, errors.New("no build goes on that has credentials for the bucket that it is in")
 	}
@@ -133,7 +131,10 @@ func (c *Caches) OpenBlob(ctx context.Context, where string) (desc ocispec.Descr
 		return ocispec.Descriptor{}, nil, false, nil
 	}
 	desc = ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}
-	ways, err := c.ways(o.place)
+	ways, err := c.ways(ctx, o.place)
+	if err != nil {
+		return desc, nil, true, err
+	}
 	for _, way := range ways {
 		if rc, err = way.Open(ctx, desc, 0, -1); err == nil {
 			break
@@ -167,7 +168,10 @@ func (c *Caches) Fetch(ctx context.Context, info layer.Info, where string) (io.R
 // openChunks reads a layer's tar that is kept in chunks.
 func (c *Caches) openChunks(ctx context.Context, o origin, size int64) (rc io.ReadCloser, err error) {
 	ref := chunk.Ref{Manifest: ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}}
-	ways, err := c.ways(o.place)
+	ways, err := c.ways(ctx, o.place)
+	if err != nil {
+		return nil, err
+	}
 	for _, way := range ways {
 		if rc, err = chunk.OpenTar(ctx, way, ref, size); err == nil {
 			break

@@ -18,9 +18,8 @@ import (
 const (
 	// packBytes is how long a pack gets. Larger ones are fewer requests and fewer blobs in a manifest.
 	packBytes = 16 << 20
-	// A Writer sends packUploads packs at once, for adds trees or tars at once: with those being filled and the chunks ahead, some 130 MB.
+	// packUploads is how many packs a Writer sends at once. With the one being filled and the chunks ahead that is some 90 MB.
 	packUploads = 3
-	adds        = 2
 	// chunksAhead bounds the chunks that are hashed and compressed ahead of the one that is next.
 	chunksAhead = 48
 )

@@ -20,7 +20,7 @@ import (
 // Writer puts trees and tars to one place. Its methods may be called concurrently.
 type Writer struct {
 	blobs   Blobs
-	adds    chan struct{} // one for each Add that is going on
+	adds    chan struct{} // has one while an Add goes on: the next one finds its chunks
 	uploads chan struct{} // one for each pack that is being sent
 
 	mu     sync.RWMutex // guards what follows
@@ -30,7 +30,7 @@ type Writer struct {
 
 // NewWriter returns a Writer to b. It knows of no chunks that are there: see Know.
 func NewWriter(b Blobs) *Writer {
-	return &Writer{blobs: b, adds: make(chan struct{}, adds), uploads: make(chan struct{}, packUploads), chunks: map[sum]place{}}
+	return &Writer{blobs: b, adds: make(chan struct{}, 1), uploads: make(chan struct{}, packUploads), chunks: map[sum]place{}}
 }
 
 // lookup returns where a chunk is, with the number and the name of its pack.
