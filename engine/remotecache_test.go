@@ -149,6 +149,33 @@ func TestSharedCache(t *testing.T) {
 	}
 }
 
+// TestSharedCachePush: an image of a fresh machine is pushed without that any layer comes.
+func TestSharedCachePush(t *testing.T) {
+	s := newSharing(t)
+	push := func(name string) func(r *request) {
+		return func(r *request) {
+			r.cacheFrom, r.cacheTo = s.entry(), s.entry("mode=max")
+			r.exports = []bkclient.ExportEntry{{Type: "image", Attrs: map[string]string{"name": s.server.Host + name, "push": "true"}}}
+		}
+	}
+	s.build(openTest(t), "1", push("/team/app"))
+	d, _ := s.document()
+	s.server.Forget()
+	s.build(openTest(t), "1", push("/team/app"))
+	s.build(openTest(t), "1", push("/team/another"))
+	if layers := s.fetched(d); len(layers) > 0 {
+		t.Errorf("fetched %d of %d layers", len(layers), len(d.Layers))
+	}
+	if sent := s.server.Requests("PATCH "); len(sent) > 0 {
+		t.Errorf("sent %q", sent)
+	}
+	for _, l := range d.Layers {
+		if sent := s.server.Requests("digest=" + strings.Replace(l.Blob.Digest.String(), ":", "%3A", 1)); len(sent) > 0 {
+			t.Errorf("sent %q", sent)
+		}
+	}
+}
+
 // TestSharedCacheLost: layers that are gone or wrong are made again, whenever that is found out.
 func TestSharedCacheLost(t *testing.T) {
 	for _, kind := range []registrytest.Kind{registrytest.Missing, registrytest.Corrupt} {

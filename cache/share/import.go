@@ -73,6 +73,9 @@ func NewImport(opts ImportOptions, raw []byte) (*Import, error) {
 		return nil, err
 	}
 	im := &Import{opts: opts, doc: doc, ignored: ignored, byKey: make(map[string]int, len(doc.Records)), indexes: map[int]*tableOfContents{}}
+	before := len(doc.Records)
+	doc.dropUnreadable()
+	im.ignored += before - len(doc.Records)
 	for i, r := range doc.Records {
 		if !r.Redacted && opts.Key(r.Kind, r.Parts) != r.Key {
 			im.ignored++

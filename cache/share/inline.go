@@ -154,7 +154,7 @@ func (d *Document) dropUnreadable() {
 	for _, r := range d.Records {
 		whole := true
 		for _, i := range r.layersOf() {
-			whole = whole && d.Layers[i].Blob != nil
+			whole = whole && (d.Layers[i].Blob != nil || d.Layers[i].Chunks != nil)
 		}
 		if whole {
 			kept = append(kept, r)

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/share"
 	"github.com/seed-68981b69/slipway/cache/share/s3"
 	"github.com/seed-68981b69/slipway/solver"
@@ -103,9 +104,13 @@ func (i *Imports) open(one *imported) error {
 		}
 		opts.Backend, opts.Name = repository, spec.Ref
 		place := registryPlace(spec.Ref, spec.Insecure)
-		opts.Origin = place.origin
+		opts.Origin = func(l share.Layer) string {
+			if l.Blob == nil || l.Chunks != nil || spec.Insecure {
+				return place.origin(l)
+			}
+			return registry.Origin{Ref: spec.Ref, Desc: *l.Blob}.String()
+		}
 		opts.Used = func(layers []share.Layer) { c.noteSources(spec.Ref, layers) }
-		i.leave(c.open.enter(place, repository))
 	case TypeLocal:
 		store, err := contentStore(i.ctx, i.session, spec.Dir)
 		if err != nil {

@@ -21,8 +21,9 @@ import (
 	"github.com/seed-68981b69/slipway/cache/share/s3"
 )
 
-// Where the bytes of an imported layer are is written to disk with the layer, without credentials. While a build goes on that has opened the
-// place, its way there is used by everybody; afterwards registries are asked without credentials, and directories of clients are gone.
+// Where the bytes of an imported layer are is written to disk with the layer, without credentials. Registries are asked with the access of
+// whoever needs the layer. What layers of images have is a registry.Origin; layers in chunks, and in registries that need no certificate, have a place
+// here. A directory of a client and a bucket can be read while a build goes on that has imported from it, by everybody who knows the layer.
 
 // place is a place that blobs can be read from.
 type place struct {
@@ -105,7 +106,7 @@ func (ps *places) find(p place) []share.Backend {
 }
 
 // ways returns the ways to a place, best first.
-func (c *Caches) ways(p place) ([]share.Backend, error) {
+func (c *Caches) ways(ctx context.Context, p place) ([]share.Backend, error) {
 	ways := c.open.find(p)
 	switch {
 	case len(ways) > 0:
@@ -115,11 +116,11 @@ func (c *Caches) ways(p place) ([]share.Backend, error) {
 		if p.Insecure {
 			remote = remote.Lenient()
 		}
-		anonymous, err := share.OpenRepository(remote, p.Registry, c.sources)
+		repository, err := share.OpenRepository(remote.For(ctx), p.Registry, c.sources)
 		if err != nil {
 			return nil, err
 		}
-		return []share.Backend{anonymous}, nil
+		return []share.Backend{repository}, nil
 	case p.Bucket != "":
 		return nil, errors.New("no build goes on that has credentials for the bucket that it is in")
 	}
@@ -133,7 +134,7 @@ func (c *Caches) OpenBlob(ctx context.Context, where string) (desc ocispec.Descr
 		return ocispec.Descriptor{}, nil, false, nil
 	}
 	desc = ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}
-	ways, err := c.ways(o.place)
+	ways, err := c.ways(ctx, o.place)
 	for _, way := range ways {
 		if rc, err = way.Open(ctx, desc, 0, -1); err == nil {
 			break
@@ -167,7 +168,7 @@ func (c *Caches) Fetch(ctx context.Context, info layer.Info, where string) (io.R
 // openChunks reads a layer's tar that is kept in chunks.
 func (c *Caches) openChunks(ctx context.Context, o origin, size int64) (rc io.ReadCloser, err error) {
 	ref := chunk.Ref{Manifest: ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}}
-	ways, err := c.ways(o.place)
+	ways, err := c.ways(ctx, o.place)
 	for _, way := range ways {
 		if rc, err = chunk.OpenTar(ctx, way, ref, size); err == nil {
 			break
