@@ -135,7 +135,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	imports.Add(req.cacheImports, client.Step)
 	caches := s.Caches.Begin(ctx, req.cacheExports, session, solverBuild, imports, req.opts)
 	defer caches.Stop(errors.New("the build has ended"))
-	response, err := s.run(ctx, b, client, session, req, caches, &made)
+	response, err := s.run(ctx, b, client, session, req, imports, caches, &made)
 	if err != nil {
 		s.saveCaches(ctx, caches, client, err)
 	}
@@ -208,7 +208,8 @@ func importSpecs(entries []gwclient.CacheOptionsEntry) ([]remotecache.ImportSpec
 }
 
 // run is one build: frontend, solve, export.
-func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, caches *remotecache.Exports, made *outcome) (_ map[string]string, err error) {
+func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, imports *remotecache.Imports, caches *remotecache.Exports, made *outcome) (_ map[string]string, err error) {
+	var whole map[string]string
 	var res *gwclient.Result
 	if req.clientFrontend {
 		res, err = b.bridge.Wait(ctx)
@@ -223,6 +224,15 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if isAnswer(res) {
 		// docker buildx bake --check asks with the outputs of its targets: an empty image must not take the place of a real one.
 		return frontendMetadata(res.Metadata), nil
+	}
+	if req.plan {
+		return plan(ctx, made.origin.Solver, res, imports)
+	}
+	if req.wholeCache {
+		if whole, err = takeWhole(ctx, imports); err != nil {
+			return nil, err
+		}
+		caches.Whole()
 	}
 	early := s.begin(ctx, session, req, made.origin.Solver, res, caches)
 	defer func() { early.end(err) }()
@@ -249,6 +259,7 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 		return nil, err
 	}
 	maps.Copy(response, cached)
+	maps.Copy(response, whole)
 	return response, nil
 }
 

@@ -277,6 +277,9 @@ func TestRefusals(t *testing.T) {
 	if err := caps.Supports(gwpb.CapSourceMetaResolverImageAttestations); err != nil {
 		t.Errorf("attestations of images are not announced: %v", err)
 	}
+	if err := caps.Supports(gwpb.CapImportCaches); err != nil {
+		t.Errorf("cache imports are not announced: %v", err)
+	}
 	if err := caps.Supports(gwpb.CapReadFile); err != nil {
 		t.Errorf("ReadFile is not announced: %v", err)
 	}
