@@ -76,6 +76,7 @@ type worker struct {
 	mu  sync.Mutex // guards n and recent
 	// recent are the last commits: key to what a pack may work on.
 	recent []layer.ID
+	away   sync.Map // tars of remote layers, by diff ID
 }
 
 func (w *worker) say(e event) {
@@ -115,6 +116,7 @@ func workOn(ctx context.Context, order workOrder) error {
 	if w.s, err = cache.OpenWith(ctx, order.Root, cache.Options{FS: volatile, BootID: order.BootID}); err != nil {
 		return err
 	}
+	w.s.Layers.OnFetch("torture", w.fetch)
 	w.say(event{Op: "open", Done: true})
 	errs := make(chan error)
 	rnd := rand.New(rand.NewPCG(order.Seed, 2))
@@ -268,8 +270,7 @@ func (w *worker) pull(ctx context.Context, n int) error {
 	if err := blob.Commit(ld.Size, ld.Digest); err != nil {
 		return err
 	}
-	diffID := digest.FromBytes(raw.Bytes())
-	id, err := w.s.Layers.Unpack(ctx, &raw, diffID, nil)
+	id, err := w.unpack(ctx, n, raw.Bytes())
 	if err != nil {
 		return err
 	}
@@ -294,6 +295,30 @@ func (w *worker) pull(ctx context.Context, n int) error {
 	}
 	_, err = w.s.Images.Add(ctx, image.Image{Name: imageName(n), Target: target})
 	return err
+}
+
+// unpack makes a layer of a tar; every second is remote first, and fetched then.
+func (w *worker) unpack(ctx context.Context, n int, raw []byte) (layer.ID, error) {
+	diffID := digest.FromBytes(raw)
+	if n%2 == 0 {
+		return w.s.Layers.Unpack(ctx, bytes.NewReader(raw), diffID, nil)
+	}
+	w.away.Store(diffID, raw)
+	defer w.away.Delete(diffID)
+	id, err := w.s.Layers.AddRemote(ctx, layer.Remote{DiffID: diffID, Origin: "torture:"})
+	if err != nil {
+		return "", err
+	}
+	return id, w.s.Layers.Materialise(ctx, id)
+}
+
+// fetch gives the tar of a remote layer.
+func (w *worker) fetch(_ context.Context, info layer.Info, _ string) (io.ReadCloser, error) {
+	raw, ok := w.away.Load(info.DiffID)
+	if !ok {
+		return nil, errors.New("nobody has it")
+	}
+	return io.NopCloser(bytes.NewReader(raw.([]byte))), nil
 }
 
 func imageName(n int) string { return fmt.Sprintf("torture/image:%d", n) }
