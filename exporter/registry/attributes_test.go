@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/schema"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/seed-68981b69/slipway/cache/compress"
@@ -52,8 +53,16 @@ func pushed(t *testing.T, reg *registrytest.Server, repo, ref string) (m ocispec
 	if err := json.Unmarshal(raw, &m); err != nil {
 		t.Fatal(err)
 	}
-	if err := json.Unmarshal(get(t, base+"/blobs/"+m.Config.Digest.String(), "*/*"), &config); err != nil {
+	rawConfig := get(t, base+"/blobs/"+m.Config.Digest.String(), "*/*")
+	if err := json.Unmarshal(rawConfig, &config); err != nil {
 		t.Fatal(err)
+	}
+	if m.MediaType == ocispec.MediaTypeImageManifest { // not Docker's, which has no such schema
+		for mediaType, document := range map[string][]byte{m.MediaType: raw, ocispec.MediaTypeImageConfig: rawConfig} {
+			if err := schema.Validator(mediaType).Validate(bytes.NewReader(document)); err != nil {
+				t.Errorf("%s: %v\n%s", mediaType, err, document)
+			}
+		}
 	}
 	if len(m.Layers) != len(config.RootFS.DiffIDs) {
 		t.Fatalf("%d layers, %d diff IDs", len(m.Layers), len(config.RootFS.DiffIDs))
