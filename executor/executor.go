@@ -31,6 +31,8 @@ type Spec struct {
 	User User
 	// Terminal gives the process a pseudo-terminal; IO.Stdout then has both streams.
 	Terminal bool
+	// Rows and Cols are the terminal's size from the beginning, in characters; 0 leaves it to Resize.
+	Rows, Cols uint16
 	// Joinable allows further processes in the container (Joiner). Such a container takes longer to start.
 	Joinable bool
 

@@ -568,7 +568,7 @@ func scriptCommand(ts *testscript.TestScript, args []string) *exec.Cmd {
 	cmd.Env = os.Environ()
 	for _, name := range []string{
 		"SLIPWAY_ROOT", "SLIPWAY_HOST", "SLIPWAY_RUNNER", "SLIPWAY_STANDALONE", "DOCKER_CONFIG", "HOME", "PATH", "TMPDIR",
-		"BUILDKIT_PROGRESS", "NO_COLOR", "TERM", "XDG_DATA_HOME", "XDG_RUNTIME_DIR",
+		"BUILDKIT_PROGRESS", "NO_COLOR", "TERM", "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "BUILDX_BUILDER", "BUILDX_EXPERIMENTAL",
 	} {
 		if value := ts.Getenv(name); value != "" {
 			cmd.Env = append(cmd.Env, name+"="+value)

@@ -371,11 +371,6 @@ func (s *Server) startProcess(c *ctr, spec executor.Spec) error {
 	c.process, c.cancel = process, cancel
 	c.state = container.StateRunning
 	c.mu.Unlock()
-	if size := c.host.ConsoleSize; c.config.Tty && size[0] > 0 && size[1] > 0 {
-		if err := process.Resize(uint16(min(size[0], 1<<16-1)), uint16(min(size[1], 1<<16-1))); err != nil {
-			s.Log.Debug("resize", "container", c.id, "error", err)
-		}
-	}
 	s.Log.Debug("container started", "container", c.id, "name", c.name)
 	go func() {
 		defer s.alive.Done()

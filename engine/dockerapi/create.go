@@ -246,6 +246,8 @@ func planContainer(c *container.Config, h *container.HostConfig) (*plan, error) 
 		Args:           append(slices.Clone(c.Entrypoint), c.Cmd...),
 		Cwd:            c.WorkingDir,
 		Terminal:       c.Tty,
+		Rows:           uint16(min(h.ConsoleSize[0], math.MaxUint16)),
+		Cols:           uint16(min(h.ConsoleSize[1], math.MaxUint16)),
 		Privileged:     h.Privileged,
 		ShmSize:        h.ShmSize,
 		CgroupParent:   strings.TrimPrefix(h.CgroupParent, "/"),

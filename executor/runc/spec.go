@@ -120,6 +120,9 @@ func runtimeSpec(s executor.Spec, h host) (*specs.Spec, error) {
 			RootfsPropagation: "rslave",
 		},
 	}
+	if s.Terminal && s.Rows > 0 && s.Cols > 0 {
+		spec.Process.ConsoleSize = &specs.Box{Height: uint(s.Rows), Width: uint(s.Cols)}
+	}
 	if s.Network == executor.NetworkNone {
 		spec.Linux.Sysctl = map[string]string{
 			"net.ipv4.ip_unprivileged_port_start": "0",
