@@ -158,7 +158,10 @@ type Exit struct {
 	// memory that was needed.
 	PeakMemoryBytes int64
 	CPUTime         time.Duration
-	Started, Ended  time.Time
+	// ReadBytes and WrittenBytes are what went from and to disks, by the container's cgroup; 0 when it does not tell. What the page
+	// cache had, or has not written yet, is not in them.
+	ReadBytes, WrittenBytes int64
+	Started, Ended          time.Time
 }
 
 // Process is a started container. Its methods may be called from any goroutine.

@@ -295,6 +295,7 @@ func (r *run) execute(n *node, inputs []snapshot.Snapshot, key ContentKey, parts
 	rec := &record.Record{
 		Outputs: outputs, Kind: record.KindContent, Parts: parts, Step: n.step(), Build: r.owner.id,
 		Created: end, LastUsed: end, Duration: end.Sub(start), PeakMemory: r.env.peakMemory.Load(),
+		CPUTime: time.Duration(r.env.cpuTime.Load()), ReadBytes: r.env.readBytes.Load(), WrittenBytes: r.env.writtenBytes.Load(),
 	}
 	if err := s.commit(context.WithoutCancel(r.ctx), n, rec, key, r.out); err != nil {
 		return result{}, err

@@ -154,6 +154,8 @@ type Env struct {
 	Mounts MountSource
 
 	peakMemory atomic.Int64
+	// cpuTime is in nanoseconds, the others in bytes.
+	cpuTime, readBytes, writtenBytes atomic.Int64
 }
 
 // MountSource has the content of cache mounts from other machines.
@@ -172,6 +174,14 @@ func (e *Env) ReportPeakMemory(bytes int64) {
 			return
 		}
 	}
+}
+
+// ReportUsage tells what a process of the work has used: processor time, and bytes that it has read from and written to disks. The sum
+// is recorded with the result. It may be called concurrently.
+func (e *Env) ReportUsage(cpu time.Duration, read, written int64) {
+	e.cpuTime.Add(int64(cpu))
+	e.readBytes.Add(read)
+	e.writtenBytes.Add(written)
 }
 
 // Session is what a build's client can be asked for. It is implemented above (engine/buildkitapi over

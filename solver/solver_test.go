@@ -111,6 +111,8 @@ func TestRecordSaysWhereFrom(t *testing.T) {
 			env.Progress.Log(2, []byte("end\n"))
 			env.ReportPeakMemory(7 << 20)
 			env.ReportPeakMemory(5 << 20)
+			env.ReportUsage(time.Second, 10, 20)
+			env.ReportUsage(2*time.Second, 1, 2)
 			time.Sleep(3 * time.Second)
 			return nil
 		})
@@ -121,7 +123,7 @@ func TestRecordSaysWhereFrom(t *testing.T) {
 		for key, rec := range records.All() {
 			kinds[rec.Kind]++
 			want := record.Step{Name: "[build 1/1] RUN make", Stage: "build", File: "Dockerfile", Line: 3}
-			if rec.Step != want || rec.Build != "the build" || rec.Duration != 3*time.Second || rec.PeakMemory != 7<<20 || len(rec.Parts) == 0 {
+			if rec.Step != want || rec.Build != "the build" || rec.Duration != 3*time.Second || rec.PeakMemory != 7<<20 || rec.CPUTime != 3*time.Second || rec.ReadBytes != 11 || rec.WrittenBytes != 22 || len(rec.Parts) == 0 {
 				t.Errorf("record %s is %+v", key, rec)
 			}
 			if got := string(blobs.blobs[rec.Log]); got != long+"end\n" {

@@ -68,6 +68,10 @@ type Record struct {
 	Duration time.Duration `json:"duration,omitempty"`
 	// PeakMemory is in bytes; 0 when unknown.
 	PeakMemory int64 `json:"peakMemory,omitempty"`
+	// CPUTime is what the work's processes have used, ReadBytes and WrittenBytes what they have moved from and to disks; 0 when unknown.
+	CPUTime      time.Duration `json:"cpuTime,omitempty"`
+	ReadBytes    int64         `json:"readBytes,omitempty"`
+	WrittenBytes int64         `json:"writtenBytes,omitempty"`
 	// Uses is how often Touch has noted a use of the record.
 	Uses int `json:"uses,omitempty"`
 	// Log is the blob with the work's output, "" when there was none.

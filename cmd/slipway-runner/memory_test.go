@@ -47,3 +47,16 @@ func TestMemoryWatch(t *testing.T) {
 		})
 	}
 }
+
+func TestDiskBytes(t *testing.T) {
+	for text, want := range map[string][2]int64{
+		"": {},
+		"8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n8:16 rbytes=1 wbytes=2 rios=1 wios=1\n":            {11, 22},
+		"8:0 Read 10\n8:0 Write 20\n8:0 Sync 5\n8:0 Total 30\n8:16 Read 1\n8:16 Write 2\n8:16 Total 3\nTotal 33\n": {11, 22},
+		"8:0 Read\nnonsense\n": {},
+	} {
+		if read, written := diskBytes(text); [2]int64{read, written} != want {
+			t.Errorf("diskBytes(%q) = %d, %d; want %v", text, read, written, want)
+		}
+	}
+}

@@ -57,15 +57,51 @@ func readUsage(paths map[string]string, ev *wire.Event) {
 		ev.PeakMemoryBytes = readNumber(filepath.Join(unified, "memory.peak"))
 		ev.CPUNanos = readKey(filepath.Join(unified, "cpu.stat"), "usage_usec") * 1000
 		ev.OOMKilled = readKey(filepath.Join(unified, "memory.events"), "oom_kill") > 0
+		ev.ReadBytes, ev.WrittenBytes = diskBytes(readText(filepath.Join(unified, "io.stat")))
 		return
 	}
 	if dir := paths["memory"]; dir != "" {
 		ev.PeakMemoryBytes = readNumber(filepath.Join(dir, "memory.max_usage_in_bytes"))
 		ev.OOMKilled = readKey(filepath.Join(dir, "memory.oom_control"), "oom_kill") > 0
 	}
+	if dir := paths["blkio"]; dir != "" {
+		ev.ReadBytes, ev.WrittenBytes = diskBytes(readText(filepath.Join(dir, "blkio.throttle.io_service_bytes")))
+	}
 	if dir := paths["cpuacct"]; dir != "" {
 		ev.CPUNanos = readNumber(filepath.Join(dir, "cpuacct.usage"))
 	}
+}
+
+// diskBytes adds up what a cgroup has read from and written to all disks: lines like "8:0 rbytes=1 wbytes=2 rios=…" on cgroup v2,
+// "8:0 Read 1" and "8:0 Write 2" on v1.
+func diskBytes(text string) (read, written int64) {
+	add := func(to *int64, value string) {
+		n, _ := strconv.ParseInt(value, 10, 64)
+		*to += n
+	}
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		if len(f) == 3 && f[1] == "Read" {
+			add(&read, f[2])
+		}
+		if len(f) == 3 && f[1] == "Write" {
+			add(&written, f[2])
+		}
+		for _, field := range f {
+			if v, ok := strings.CutPrefix(field, "rbytes="); ok {
+				add(&read, v)
+			}
+			if v, ok := strings.CutPrefix(field, "wbytes="); ok {
+				add(&written, v)
+			}
+		}
+	}
+	return read, written
+}
+
+func readText(path string) string {
+	b, _ := os.ReadFile(path)
+	return string(b)
 }
 
 func readNumber(path string) int64 {

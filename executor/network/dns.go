@@ -148,7 +148,7 @@ func (n *Network) forwardDNS() error {
 	if n.closed {
 		return errors.New("container network: closed")
 	}
-	d, err := newDNSForwarder(netip.AddrPortFrom(n.gateway, dnsPort), func() []string { return upstreams(n.names, n.log) })
+	d, err := newDNSForwarder(netip.AddrPortFrom(n.gateway, dnsPort), n.subnet, func() []string { return upstreams(n.names, n.log) })
 	if err != nil {
 		return err
 	}
@@ -168,13 +168,16 @@ func addrPorts(addrs []netip.Addr, port uint16) []string {
 // them.
 type dnsForwarder struct {
 	upstream func() []string
-	cancel   context.CancelFunc
-	udp      *net.UDPConn
-	tcp      net.Listener
-	wg       sync.WaitGroup
+	// clients are those who are answered; everybody when it is not valid. The host takes packets for the gateway's address by every
+	// interface: its neighbours are not to use it.
+	clients netip.Prefix
+	cancel  context.CancelFunc
+	udp     *net.UDPConn
+	tcp     net.Listener
+	wg      sync.WaitGroup
 }
 
-func newDNSForwarder(listen netip.AddrPort, upstream func() []string) (*dnsForwarder, error) {
+func newDNSForwarder(listen netip.AddrPort, clients netip.Prefix, upstream func() []string) (*dnsForwarder, error) {
 	udp, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(listen))
 	if err != nil {
 		return nil, err
@@ -186,7 +189,7 @@ func newDNSForwarder(listen netip.AddrPort, upstream func() []string) (*dnsForwa
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	d := &dnsForwarder{upstream: upstream, cancel: cancel, udp: udp, tcp: tcp}
+	d := &dnsForwarder{upstream: upstream, clients: clients, cancel: cancel, udp: udp, tcp: tcp}
 	d.wg.Go(func() { d.serveUDP(ctx) })
 	d.wg.Go(func() { d.serveTCP(ctx) })
 	return d, nil
@@ -199,6 +202,11 @@ func (d *dnsForwarder) close() {
 	d.wg.Wait()
 }
 
+// serves says whether questions from an address are answered. The host's own are, too: it sends them from the gateway's address.
+func (d *dnsForwarder) serves(from netip.Addr) bool {
+	return !d.clients.IsValid() || d.clients.Contains(from.Unmap())
+}
+
 func (d *dnsForwarder) serveUDP(ctx context.Context) {
 	slots := make(chan struct{}, 256) // queries in flight
 	buf := make([]byte, maxDatagram)
@@ -208,6 +216,9 @@ func (d *dnsForwarder) serveUDP(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
+			continue
+		}
+		if !d.serves(from.Addr()) {
 			continue
 		}
 		select {
@@ -277,6 +288,10 @@ func (d *dnsForwarder) serveTCP(ctx context.Context) {
 				continue
 			}
 			return
+		}
+		if from, err := netip.ParseAddrPort(client.RemoteAddr().String()); err != nil || !d.serves(from.Addr()) {
+			client.Close()
+			continue
 		}
 		d.wg.Go(func() { d.forwardTCP(ctx, client) })
 	}

@@ -146,6 +146,9 @@ var namespaceSysctls = []struct{ path, value string }{
 	{"/proc/sys/net/ipv4/ping_group_range", pingGroups()},
 	{"/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"},
 	{"/proc/sys/net/ipv6/conf/default/accept_ra", "0"},
+	{"/proc/sys/net/ipv6/conf/default/accept_redirects", "0"},
+	{"/proc/sys/net/ipv4/conf/all/accept_redirects", "0"},
+	{"/proc/sys/net/ipv4/conf/default/accept_redirects", "0"},
 }
 
 // pingGroups are all groups that there are: the kernel refuses a range with others in it.

@@ -213,7 +213,7 @@ func TestPublishRefuses(t *testing.T) {
 
 func TestDNSForwarder(t *testing.T) {
 	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
-	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), func() []string { return []string{"127.0.0.1:1", upstream} })
+	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), netip.Prefix{}, func() []string { return []string{"127.0.0.1:1", upstream} })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,6 +232,41 @@ func TestDNSForwarder(t *testing.T) {
 		buf := make([]byte, 100)
 		if n, err := c.Read(buf); err != nil || string(buf[:n]) != "query" {
 			t.Errorf("%s: %q, %v", network, buf[:n], err)
+		}
+	}
+}
+
+// TestDNSForwarderServes: neighbours of the host are not answered.
+func TestDNSForwarderServes(t *testing.T) {
+	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
+	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), netip.MustParsePrefix("127.0.5.0/24"), func() []string { return []string{upstream} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	for from, want := range map[string]bool{"127.0.5.9": true, "127.0.6.9": false} {
+		for _, network := range []string{"udp4", "tcp4"} {
+			dialer := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(from)}}
+			if network == "tcp4" {
+				dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
+			}
+			c, err := dialer.Dial(network, d.udp.LocalAddr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(5 * time.Second))
+			if !want {
+				c.SetDeadline(time.Now().Add(200 * time.Millisecond))
+			}
+			c.Write([]byte("query"))
+			if tcp, ok := c.(*net.TCPConn); ok {
+				tcp.CloseWrite()
+			}
+			n, err := c.Read(make([]byte, 100))
+			if got := err == nil && n == 5; got != want {
+				t.Errorf("%s from %s: answered %v, want %v (%v)", network, from, got, want, err)
+			}
 		}
 	}
 }

@@ -10,6 +10,9 @@ import (
 	"github.com/seed-68981b69/slipway/executor"
 )
 
+// CgroupDirs says where cgroups of a process begin.
+var CgroupDirs = cgroupDirs
+
 // EngineName is the name of everything on the host that belongs to the executor with that state directory.
 var EngineName = engineName
 

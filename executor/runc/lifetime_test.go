@@ -218,6 +218,9 @@ func traces(t *testing.T, dir string) []string {
 		out = append(out, "/run/"+name)
 	}
 	cgroups, _ := filepath.Glob("/sys/fs/cgroup/*/" + name)
+	if _, err := os.Stat("/sys/fs/cgroup/" + name); err == nil { // cgroup v2 alone
+		cgroups = append(cgroups, "/sys/fs/cgroup/"+name)
+	}
 	deeper, _ := filepath.Glob("/sys/fs/cgroup/*/*/*/" + name)
 	out = append(out, append(cgroups, deeper...)...)
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
@@ -289,6 +292,12 @@ const engineEnv = "SLIPWAY_TEST_ENGINE"
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(engineEnv); dir != "" {
 		if err := engine(dir, os.Getenv("SLIPWAY_TEST_ROOTFS")); err != nil {
+			fmt.Println("error:", err)
+			os.Exit(1)
+		}
+	}
+	if os.Getenv(cgroup2Env) != "" {
+		if err := cgroup2Only(); err != nil {
 			fmt.Println("error:", err)
 			os.Exit(1)
 		}

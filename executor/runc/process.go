@@ -57,6 +57,7 @@ func (p *process) finish(ev wire.Event, ok bool) {
 		p.exit.OOMKilled = ev.OOMKilled
 		p.exit.PeakMemoryBytes = ev.PeakMemoryBytes
 		p.exit.CPUTime = time.Duration(ev.CPUNanos)
+		p.exit.ReadBytes, p.exit.WrittenBytes = ev.ReadBytes, ev.WrittenBytes
 		if ev.Message != "" {
 			p.r.log.Warn("container ended with a problem", "container", p.id, "err", ev.Message)
 		}

@@ -136,8 +136,7 @@ func cgroupPids(dir string) []int {
 	return pids
 }
 
-// ownCgroupDirs returns the directories below which a relative cgroup path of ours begins, one a hierarchy. On a pure
-// cgroup v2 host libcontainer begins beside our own cgroup, because a cgroup with processes can have no children.
+// ownCgroupDirs returns the directories below which a relative cgroup path of ours begins, one a hierarchy.
 func ownCgroupDirs() []string {
 	const mountPoint = "/sys/fs/cgroup"
 	b, err := os.ReadFile("/proc/self/cgroup")
@@ -146,8 +145,15 @@ func ownCgroupDirs() []string {
 	}
 	var fs unix.Statfs_t
 	unified := unix.Statfs(mountPoint, &fs) == nil && fs.Type == unix.CGROUP2_SUPER_MAGIC
+	return cgroupDirs(mountPoint, unified, string(b))
+}
+
+// cgroupDirs is ownCgroupDirs for a process whose /proc/PID/cgroup is text. unified says that cgroup v2 alone is mounted at
+// mountPoint: there libcontainer begins beside our own cgroup, because a cgroup with processes can have no children. Otherwise the
+// hierarchies of v1 are directories there, and v2, on a hybrid host, is one of them.
+func cgroupDirs(mountPoint string, unified bool, text string) []string {
 	var dirs []string
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(text) {
 		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		if len(f) != 3 {
 			continue

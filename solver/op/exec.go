@@ -762,6 +762,7 @@ func (s *step) run(ctx context.Context, spec executor.Spec) error {
 		return s.canceled(ctx, fmt.Errorf("run container: %w", err))
 	}
 	s.env.ReportPeakMemory(exit.PeakMemoryBytes)
+	s.env.ReportUsage(exit.CPUTime, exit.ReadBytes, exit.WrittenBytes)
 	valid := []int32{0}
 	if len(s.op.op.Meta.ValidExitCodes) > 0 {
 		valid = s.op.op.Meta.ValidExitCodes

@@ -314,6 +314,9 @@ func setMeta(p string, e index.Entry) error {
 		return err
 	}
 	for k, v := range e.Xattrs {
+		if strings.HasPrefix(k, "trusted.overlay.") || strings.HasPrefix(k, "user.overlay.") {
+			continue // no layer has them; here they would be orders to the kernel
+		}
 		if err := unix.Lsetxattr(p, k, []byte(v), 0); err != nil {
 			return &os.PathError{Op: "setxattr " + k, Path: p, Err: err}
 		}

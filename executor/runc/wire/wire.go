@@ -94,6 +94,8 @@ type Event struct {
 	OOMKilled       bool  `json:"oomKilled,omitempty"`
 	PeakMemoryBytes int64 `json:"peakMemoryBytes,omitempty"`
 	CPUNanos        int64 `json:"cpuNanos,omitempty"`
+	ReadBytes       int64 `json:"readBytes,omitempty"`
+	WrittenBytes    int64 `json:"writtenBytes,omitempty"`
 }
 
 // Pair makes a connected pair: the engine's end and the file that becomes the runner's end.
