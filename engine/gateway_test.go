@@ -26,6 +26,7 @@ import (
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/tonistiigi/fsutil"
+	"google.golang.org/grpc"
 
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 )
@@ -88,6 +89,39 @@ func (te *testEngine) inBuild(ctx context.Context, opt bkclient.SolveOpt, f func
 		return gwclient.NewResult(), nil
 	}, nil)
 	return err
+}
+
+// TestTmpfsOfContainer bounds a tmpfs in a frontend's container, for which BuildKit's Go client has no words.
+func TestTmpfsOfContainer(t *testing.T) {
+	te := openTest(t)
+	te.base()
+	client, err := bkclient.New(t.Context(), "unix://"+te.socket, bkclient.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if r, ok := req.(*gwpb.NewContainerRequest); ok {
+				r.Mounts[1].TmpfsOpt = &pb.TmpfsOpt{Size: 64 << 10}
+			}
+			return next(ctx, method, req, reply, cc, opts...)
+		})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	te.client = client
+	err = te.inBuild(t.Context(), bkclient.SolveOpt{}, func(ctx context.Context, c gwclient.Client, base gwclient.Reference) error {
+		ctr, err := c.NewContainer(ctx, gwclient.NewContainerRequest{Mounts: []gwclient.Mount{{Dest: "/", Ref: base}, {Dest: "/small", MountType: pb.MountType_TMPFS}}})
+		if err != nil {
+			return err
+		}
+		defer ctr.Release(ctx)
+		p, err := ctr.Start(ctx, gwclient.StartRequest{Args: []string{"sh", "-c", "dd if=/dev/zero of=/fits bs=1k count=128 && ! dd if=/dev/zero of=/small/f bs=1k count=128"}, Env: []string{"PATH=/bin"}, Cwd: "/"})
+		if err != nil {
+			return err
+		}
+		return p.Wait()
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 // TestFrontendContainers drives NewContainer as an interactive debugger does.

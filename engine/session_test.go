@@ -4,6 +4,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,9 +14,12 @@ import (
 	"github.com/docker/cli/cli/config/configfile"
 	"github.com/docker/cli/cli/config/types"
 	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/client/llb"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/auth"
 	"github.com/moby/buildkit/session/auth/authprovider"
+	sessionexporter "github.com/moby/buildkit/session/exporter"
+	"github.com/moby/buildkit/session/exporter/exporterprovider"
 	"github.com/tonistiigi/fsutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -126,5 +130,49 @@ func TestClientKeepsItsPassword(t *testing.T) {
 				t.Errorf("asked for %v, want only %s", watched.asked, tc.asked)
 			}
 		})
+	}
+}
+
+// TestSessionExporters has the client choose its outputs when it has seen the result.
+func TestSessionExporters(t *testing.T) {
+	te := openTest(t)
+	te.base()
+	def, err := llb.Image("base").File(llb.Mkfile("/made", 0o644, nil)).Marshal(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refs []string
+	var told map[string]string
+	var refused error
+	solve := func(chosen ...*sessionexporter.ExporterRequest) (*bkclient.SolveResponse, error) {
+		provider := exporterprovider.New(func(_ context.Context, _ map[string][]byte, of []string) ([]*sessionexporter.ExporterRequest, error) {
+			refs = of
+			return chosen, nil
+		}, exporterprovider.WithFinalizeCallback(func(_ context.Context, response map[string]string) error {
+			told = response
+			return refused
+		}))
+		return te.client.Solve(t.Context(), def, bkclient.SolveOpt{EnableSessionExporter: true, Session: []session.Attachable{provider}}, nil)
+	}
+	chosen := &sessionexporter.ExporterRequest{Type: "image", Attrs: map[string]string{"name": "chosen:1"}}
+	res, err := solve(chosen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(refs) != 1 || res.ExporterResponse["image.name"] != "docker.io/library/chosen:1" || told["containerimage.digest"] == "" || told["containerimage.digest"] != res.ExporterResponse["containerimage.digest"] {
+		t.Errorf("refs %q, told %v, response %v", refs, told, res.ExporterResponse)
+	}
+	if !strings.Contains(te.get(t, "/v1.50/images/json"), "chosen:1") {
+		t.Error("there is no image")
+	}
+	if _, err := solve(&sessionexporter.ExporterRequest{Type: "floppy"}); err == nil || !strings.Contains(err.Error(), "floppy") {
+		t.Errorf("unknown type: %v", err)
+	}
+	if _, err := solve(); err != nil {
+		t.Errorf("nothing chosen: %v", err)
+	}
+	refused = errors.New("not what I wanted")
+	if _, err := solve(chosen); err == nil || !strings.Contains(err.Error(), "not what I wanted") {
+		t.Errorf("refused: %v", err)
 	}
 }

@@ -45,6 +45,8 @@ type request struct {
 	// cacheImports and cacheExports are caches besides the engine's own.
 	cacheImports []remotecache.ImportSpec
 	cacheExports []remotecache.ExportSpec
+	// sessionExporters says that the client names more outputs when it has seen the result, and askedForExporters that it has.
+	sessionExporters, askedForExporters bool
 	// internal builds are not recorded.
 	internal bool
 	// clientFrontend says that the client runs the frontend and talks to the gateway.
@@ -73,7 +75,7 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		internal:     req.Internal,
 		localIDs:     map[string]string{},
 
-		policy: req.SourcePolicy, policySession: req.SourcePolicySession,
+		policy: req.SourcePolicy, policySession: req.SourcePolicySession, sessionExporters: req.EnableSessionExporter,
 	}
 	if r.opts == nil {
 		r.opts = map[string]string{}
@@ -86,8 +88,6 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 		return nil, status.Error(codes.InvalidArgument, "a build has a definition or a frontend, not both")
 	case req.ProxyNetwork:
 		return nil, notSupported("proxy network")
-	case req.EnableSessionExporter:
-		return nil, notSupported("session exporters")
 	case req.CompatibilityVersion != 0 && req.CompatibilityVersion != currentCompatibility:
 		return nil, notSupported("compatibility version other than the current one")
 	}
@@ -208,24 +208,29 @@ func (s *Server) parseExporters(req *controlapi.SolveRequest, r *request) error 
 		exporters = []*controlapi.Exporter{{Type: req.ExporterDeprecated, Attrs: req.ExporterAttrsDeprecated}}
 	}
 	for _, given := range exporters {
-		attrs := maps.Clone(given.GetAttrs())
-		if attrs == nil {
-			attrs = map[string]string{}
-		}
-		// As BuildKit does: the build argument counts for the exporter as well. What is not a number ("context") is for the
-		// frontend, which tells exporters what it has found out.
-		if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
-			if _, isSet := attrs["source-date-epoch"]; !isSet {
-				if _, err := strconv.ParseInt(epoch, 10, 64); err == nil || epoch == "" {
-					attrs["source-date-epoch"] = epoch
-				}
-			}
-		}
-		e, err := s.Exporters.New(given.GetType(), attrs)
+		e, err := s.newExporter(r, given.GetType(), given.GetAttrs())
 		if err != nil {
 			return err
 		}
 		r.exporters = append(r.exporters, e)
 	}
 	return nil
+}
+
+// newExporter makes one output.
+func (s *Server) newExporter(r *request, typ string, given map[string]string) (exporter.Exporter, error) {
+	attrs := maps.Clone(given)
+	if attrs == nil {
+		attrs = map[string]string{}
+	}
+	// As BuildKit does: the build argument counts for the exporter as well. What is not a number ("context") is for the
+	// frontend, which tells exporters what it has found out.
+	if epoch, ok := r.opts["build-arg:SOURCE_DATE_EPOCH"]; ok {
+		if _, isSet := attrs["source-date-epoch"]; !isSet {
+			if _, err := strconv.ParseInt(epoch, 10, 64); err == nil || epoch == "" {
+				attrs["source-date-epoch"] = epoch
+			}
+		}
+	}
+	return s.Exporters.New(typ, attrs)
 }

@@ -56,7 +56,6 @@ func TestRequestsAreCheckedFieldByField(t *testing.T) {
 		{"internal", &controlapi.SolveRequest{Ref: "r", Internal: true}, ""},
 		{"policy session", &controlapi.SolveRequest{Ref: "r", SourcePolicySession: "s"}, ""},
 		{"proxy", &controlapi.SolveRequest{Ref: "r", ProxyNetwork: true}, "proxy network"},
-		{"session exporter", &controlapi.SolveRequest{Ref: "r", EnableSessionExporter: true}, "session exporters"},
 		{"compatibility", &controlapi.SolveRequest{Ref: "r", CompatibilityVersion: 10}, "compatibility"},
 		{"current compatibility", &controlapi.SolveRequest{Ref: "r", CompatibilityVersion: 30}, ""},
 		{"cache export", &controlapi.SolveRequest{Ref: "r", Cache: &controlapi.CacheOptions{Exports: []*controlapi.CacheOptionsEntry{{Type: "inline"}}}}, ""},

@@ -260,7 +260,7 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	}
 	maps.Copy(response, cached)
 	maps.Copy(response, whole)
-	return response, nil
+	return response, tellExported(ctx, session, req, response)
 }
 
 // isAnswer recognises the result of a sub-request (outline, targets, lint): words, and no files that an output could be made of.
@@ -333,6 +333,9 @@ func (s *Server) finish(ctx context.Context, b *build, client *gateway.Client, s
 		return result, err
 	}
 	if err := req.attests.attach(&result, made.result, read); err != nil {
+		return result, err
+	}
+	if err := s.askForExporters(ctx, session, req, result); err != nil {
 		return result, err
 	}
 	made.responses, err = s.exportAll(ctx, b, client, session, req, result, made.result.named)

@@ -25,7 +25,6 @@ var (
 		pb.CapExecMetaNetworkProxy:      "a network proxy for steps",
 		pb.CapRemoteCacheGHA:            "caches in GitHub Actions",
 		pb.CapRemoteCacheAzBlob:         "caches in Azure",
-		pb.CapSessionExporter:           "session exporters",
 	}
 	missingGateway = map[apicaps.CapID]string{}
 )

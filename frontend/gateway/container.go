@@ -37,11 +37,12 @@ var _ gwclient.Container = (*container)(nil)
 
 // NewContainer solves the references that are mounted and mounts them. The container ends with ctx at the latest; Release it.
 func (c *Client) NewContainer(ctx context.Context, req gwclient.NewContainerRequest) (gwclient.Container, error) {
-	return c.newContainer(ctx, ctx, req)
+	return c.newContainer(ctx, ctx, req, make([]*pb.TmpfsOpt, len(req.Mounts)))
 }
 
-// newContainer makes a container that lives as long as life; ctx bounds what happens before it is there.
-func (c *Client) newContainer(ctx, life context.Context, req gwclient.NewContainerRequest) (_ *container, err error) {
+// newContainer makes a container that lives as long as life; ctx bounds what happens before it is there. tmpfs has the options of each of req's
+// mounts for which gwclient.Mount has no field.
+func (c *Client) newContainer(ctx, life context.Context, req gwclient.NewContainerRequest, tmpfs []*pb.TmpfsOpt) (_ *container, err error) {
 	if c.Containers == nil {
 		return nil, errors.New("containers started by a frontend are not available here")
 	}
@@ -52,10 +53,10 @@ func (c *Client) newContainer(ctx, life context.Context, req gwclient.NewContain
 		return nil, fmt.Errorf("not supported: worker constraint %s", strings.Join(f, ","))
 	}
 	spec := op.ContainerSpec{Network: req.NetMode, Hostname: req.Hostname, ExtraHosts: req.ExtraHosts, Platform: req.Platform}
-	for _, m := range req.Mounts {
+	for i, m := range req.Mounts {
 		pm := &pb.Mount{
 			Dest: m.Dest, Selector: m.Selector, Readonly: m.Readonly, MountType: m.MountType, Input: int64(pb.Empty),
-			CacheOpt: m.CacheOpt, SecretOpt: m.SecretOpt, SSHOpt: m.SSHOpt,
+			CacheOpt: m.CacheOpt, SecretOpt: m.SecretOpt, SSHOpt: m.SSHOpt, TmpfsOpt: tmpfs[i],
 		}
 		if m.ResultID != "" && m.Ref != nil {
 			return nil, fmt.Errorf("mount %s: a reference or the result of a failed step, not both", m.Dest)

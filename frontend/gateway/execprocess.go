@@ -31,16 +31,15 @@ func (b *Bridge) NewContainer(ctx context.Context, in *gwpb.NewContainerRequest)
 	if slices.Contains(in.ExtraHosts, nil) {
 		return nil, grpcstatus.Error(codes.InvalidArgument, "empty extra host")
 	}
+	tmpfs := make([]*pb.TmpfsOpt, len(in.Mounts))
 	for i, m := range in.Mounts {
 		if m == nil {
 			return nil, grpcstatus.Errorf(codes.InvalidArgument, "mount %d is empty", i)
 		}
+		tmpfs[i] = m.TmpfsOpt
 		mount := gwclient.Mount{
 			Dest: m.Dest, Selector: m.Selector, Readonly: m.Readonly, MountType: m.MountType,
 			CacheOpt: m.CacheOpt, SecretOpt: m.SecretOpt, SSHOpt: m.SSHOpt,
-		}
-		if m.TmpfsOpt != nil {
-			return nil, grpcstatus.Errorf(codes.Unimplemented, "mount %s: not supported: size of a tmpfs in a frontend's container", m.Dest)
 		}
 		if ref, err := b.get(m.ResultID); err != nil {
 			mount.ResultID = m.ResultID // or it is what a failed step has left
@@ -65,7 +64,7 @@ func (b *Bridge) NewContainer(ctx context.Context, in *gwpb.NewContainerRequest)
 	b.making.Add(1)
 	b.mu.Unlock()
 	defer b.making.Done()
-	ctr, err := b.client.newContainer(ctx, b.ctx, req)
+	ctr, err := b.client.newContainer(ctx, b.ctx, req, tmpfs)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if err != nil {
