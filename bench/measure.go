@@ -28,6 +28,8 @@ type bench struct {
 
 	big      string // the tree of 50,000 files, once it is made
 	goLayout string // the base image of the Go service, once it is made
+	mixed    string // the directory of mixed content, once it is made
+	changes  int    // of the mixed content so far
 	dir      string // input of the scenario that is measured now
 	states   int    // state directories made so far
 }
@@ -49,6 +51,8 @@ type measured struct {
 	// PeakMemory is the largest sum of the memory of all processes (PSS: shared pages count once), in bytes, sampled in one
 	// more run that was not timed.
 	PeakMemory int64 `json:"peak_memory_bytes"`
+	// Output is the size of the file that was made, in bytes; 0 when there is none.
+	Output int64 `json:"output_bytes,omitempty"`
 }
 
 // calls are the programs that a run starts, one after the other or at the same time.
@@ -167,6 +171,13 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 			sample, peak, err := b.once(ctx, c, n == b.runs)
 			if err != nil {
 				return nil, fmt.Errorf("%s, round %d: %w", c.name, n, err)
+			}
+			if c.output != "" {
+				info, err := os.Stat(c.output)
+				if err != nil {
+					return nil, err
+				}
+				m.Output = info.Size()
 			}
 			switch {
 			case n == b.runs:

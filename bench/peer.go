@@ -54,6 +54,8 @@ type build struct {
 	noCache  bool
 	// base is the directory of an OCI layout with the image that the Dockerfile calls "base"; "" when it has none. Only an archiver knows it.
 	base string
+	// target is a stage; "" is the last one.
+	target string
 	// output is what is made instead of an image in the local store, in the words that slipway and BuildKit share: "type=oci,…". Only an
 	// archiver knows it.
 	output string

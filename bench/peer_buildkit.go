@@ -73,6 +73,9 @@ func (o *buildkitBuilds) build(b build) *exec.Cmd {
 	case b.tag != "":
 		args = append(args, "--output", "type=image,name="+b.tag)
 	}
+	if b.target != "" {
+		args = append(args, "--opt", "target="+b.target)
+	}
 	if b.noCache {
 		args = append(args, "--no-cache")
 	}

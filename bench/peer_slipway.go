@@ -89,6 +89,9 @@ func (o *slipwayBuilds) build(b build) *exec.Cmd {
 	default:
 		args = append(args, "-o", "type=cacheonly")
 	}
+	if b.target != "" {
+		args = append(args, "--target", b.target)
+	}
 	if b.noCache {
 		args = append(args, "--no-cache")
 	}

@@ -67,11 +67,14 @@ func fetchProfile(ctx context.Context, socket, kind, path string) error {
 	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return d.DialContext(ctx, "unix", socket)
 	}}}
-	page := kind
-	if kind == "cpu" {
-		page = "profile"
+	page := fmt.Sprintf("%s?seconds=%d", kind, profileTime)
+	switch kind {
+	case "cpu":
+		page = fmt.Sprintf("profile?seconds=%d", profileTime)
+	case "heap":
+		page = "heap?gc=1"
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://debug/debug/pprof/%s?seconds=%d", page, profileTime), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://debug/debug/pprof/"+page, nil)
 	if err != nil {
 		return err
 	}

@@ -124,6 +124,16 @@ func (r *result) table() string {
 		over := median(ours.quantities(wall))/s.ideal - 1
 		fmt.Fprintf(&w, " Ideal: %s; slipway is %.0f %% above it.", seconds(s.ideal), over*100)
 	}
+	sizes := " Sizes:"
+	for _, m := range r.Contestants {
+		if m.Output > 0 {
+			fmt.Fprintf(&w, "%s %s %.1f MB", sizes, m.Name, float64(m.Output)/1e6)
+			sizes = ","
+		}
+	}
+	if sizes == "," {
+		w.WriteString(".")
+	}
 	if p := r.find(r.planted); p != nil {
 		fmt.Fprintf(&w, " The planted slowdown shows as %s a step (fastest runs).", seconds(r.seenPlant(p)))
 	}

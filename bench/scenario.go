@@ -43,6 +43,8 @@ type contestant struct {
 	run func(ctx context.Context, c *calls) error
 	// after ends what run has left; not timed. May be nil.
 	after func(ctx context.Context) error
+	// output is the file that run makes, whose size is told; "" for none.
+	output string
 	// daemons are the processes that work for run besides those that it starts and waits for.
 	daemons func() []int
 	// close ends it.
@@ -52,7 +54,7 @@ type contestant struct {
 // scenarios are all there are, in the order of the page.
 var scenarios = []*scenario{
 	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, fanout8, copyFrom, concurrent2, concurrent8,
-	exportPlain, exportGzip, exportZstd, exportAgain,
+	exportPlain, exportGzip, exportZstd, exportAgain, push1GB, pushPipelined,
 	goCold, goChange, goMounts, runTrue, cliStart, daemonStart, idle, du, prune,
 }
 

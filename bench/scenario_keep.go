@@ -85,6 +85,9 @@ var prune = &scenario{
 	},
 }
 
+// idleWait is how long daemons have to settle before their memory counts.
+const idleWait = 6 * time.Second
+
 // idle is about its column of memory.
 var idle = &scenario{
 	name:    "idle",
@@ -97,6 +100,10 @@ var idle = &scenario{
 		}
 		return &contestant{
 			name: p.name(), daemons: o.daemons, close: o.close,
+			before: func(context.Context) error {
+				time.Sleep(idleWait)
+				return nil
+			},
 			run: func(context.Context, *calls) error {
 				time.Sleep(200 * time.Millisecond)
 				return nil

@@ -237,7 +237,7 @@ func (s *Store) removeFailed(id string) (bool, error) {
 	return err == nil, err
 }
 
-// takeFailed makes a thing of each failed step: a collection takes them before anything else.
+// takeFailed makes a thing of each failed step, used when it failed.
 func (st *stocktaking) takeFailed(context.Context) error {
 	list, err := st.s.failedSteps()
 	if err != nil {

@@ -185,14 +185,8 @@ func (c *collector) ordered(things []int) []int {
 	return things
 }
 
-// before is that order: failed steps first, then the least recently used, of equal ones first what lies on the other.
+// before is that order: least recently used first, of equal ones first what lies on the other.
 func before(a, b *unit) int {
-	if a.failed != b.failed {
-		if a.failed {
-			return -1
-		}
-		return 1
-	}
 	return cmp.Or(
 		a.LastUsed.Compare(b.LastUsed),
 		cmp.Compare(a.UsageCount, b.UsageCount),

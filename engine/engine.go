@@ -49,6 +49,7 @@ import (
 	localexporter "github.com/seed-68981b69/slipway/exporter/local"
 	"github.com/seed-68981b69/slipway/exporter/ocilayout"
 	registryexporter "github.com/seed-68981b69/slipway/exporter/registry"
+	snapshotexporter "github.com/seed-68981b69/slipway/exporter/snapshot"
 	tarexporter "github.com/seed-68981b69/slipway/exporter/tar"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
 	"github.com/seed-68981b69/slipway/solver"
@@ -70,6 +71,9 @@ const (
 	LabelBuilds    = "slipway.builds"
 	LabelLayers    = "slipway.layers"
 	LabelSnapshots = "slipway.snapshots"
+	LabelUser      = "slipway.user"
+	LabelNetwork   = "slipway.network"
+	LabelLimits    = "slipway.limits"
 	LabelHostname  = "org.mobyproject.buildkit.worker.hostname"
 	LabelExecutor  = "org.mobyproject.buildkit.worker.executor"
 	// What BuildKit's OCI worker says of itself.
@@ -111,6 +115,8 @@ type Options struct {
 	Network     executor.NetworkMode
 	NetworkPool int
 	DNS         *network.DNS
+	// ExtraCA are PEM files with certificate authorities that build steps trust besides those of their images.
+	ExtraCA []string
 	// CgroupParent is the cgroup of steps that name none, relative to the engine's.
 	CgroupParent string
 	// Labels are shown to clients besides our own, and Platforms instead of what is found.
@@ -140,18 +146,20 @@ type HistoryLimits struct {
 
 // Engine is an open engine. Its methods may be called concurrently.
 type Engine struct {
-	log      *slog.Logger
-	root     string
-	store    *cache.Store
-	network  containerNetwork // nil when there is none here
-	executor *runc.Runc
-	buildkit *buildkitapi.Server
-	caches   *remotecache.Caches
-	docker   *dockerapi.Server
-	server   *server
-	syncer   *syncer
-	gc       *collector // nil when switched off
-	contexts *local.Contexts
+	log        *slog.Logger
+	root       string
+	store      *cache.Store
+	network    containerNetwork // nil when there is none here, because of networkErr
+	networkErr error
+	executor   *runc.Runc
+	buildkit   *buildkitapi.Server
+	caches     *remotecache.Caches
+	docker     *dockerapi.Server
+	server     *server
+	syncer     *syncer
+	gc         *collector // nil when switched off
+	contexts   *local.Contexts
+	built      *built
 	// extraLabels are the owner's.
 	extraLabels map[string]string
 	stepNetwork executor.NetworkMode
@@ -179,16 +187,21 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 	if e.store, err = cache.Open(ctx, root); err != nil {
 		return nil, err
 	}
-	networkErr := e.openNetwork(opts)
-	if networkErr != nil {
-		e.log.Warn("containers have no network of their own", "error", networkErr)
+	if err := checkIDs(root); err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	if s := userns.Started(); s != nil && s.Note != "" {
+		e.log.Warn(s.Note)
+	}
+	if e.networkErr = e.openNetwork(opts); e.networkErr != nil {
+		e.log.Warn("containers have no network of their own", "error", e.networkErr)
 	}
 	runDir := "" // below /run
 	if userns.Inside() {
 		runDir = e.path("executor", "run") // where /run is, if it is there, belongs to root of the host
 	}
 	if e.executor, err = runc.New(runc.Options{
-		StateDir: e.path("executor"), RunDir: runDir, Network: e.network, NetworkError: networkErr, DNS: opts.DNS, Log: e.log,
+		StateDir: e.path("executor"), RunDir: runDir, Network: e.network, NetworkError: e.networkErr, DNS: opts.DNS, Log: e.log,
 	}); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
@@ -260,6 +273,10 @@ func (e *Engine) openAPIs(opts Options) error {
 	st.AddSource(held{dir: e.path("layers", "uppers"), kind: cache.TypeInternal, description: "files of a running step or container"})
 	st.AddSource(held{dir: e.path("executor"), kind: cache.TypeInternal, description: "programs and containers of the engine", name: "executor"})
 	st.AddSource(held{dir: e.path("contexts-stat"), kind: cache.TypeInternal, description: "what is remembered of context directories", name: "contexts"})
+	extraCA, err := op.LoadExtraCA(e.path("extra-ca"), opts.ExtraCA)
+	if err != nil {
+		return err
+	}
 	opDeps := op.Deps{
 		Snapshots: st.Snapshots,
 		Layers:    st.Layers,
@@ -279,11 +296,16 @@ func (e *Engine) openAPIs(opts Options) error {
 		DefaultNetwork:      opts.Network,
 		DefaultCgroupParent: opts.CgroupParent,
 		KeepFailed:          st.KeepFailed,
+		ExtraCA:             extraCA,
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
 	}
 	newOp := op.New(opDeps)
 
+	e.built = &built{
+		Images: dockerapi.StoreImages(st.Images, st.Blobs, st.Layers), ensure: st.Layers.Ensure,
+		lease: func(id string) func() { return st.Lease(id).Release },
+	}
 	policies, err := opts.GC.rules(st)
 	if err != nil {
 		return err
@@ -323,6 +345,8 @@ func (e *Engine) openAPIs(opts Options) error {
 		Layouts: func(ctx context.Context, env *solver.Env, ref, session, store string, p *ocispec.Platform) (digest.Digest, []byte, error) {
 			return layoutResolver.ResolveConfig(ctx, env, ref, layoutsource.Layout{Session: session, Store: store}, p)
 		},
+		Attestations: resolver.Attestations,
+
 		Sources:    func(source *pb.SourceOp) (solver.Source, error) { return op.NewSource(opDeps, source) },
 		Containers: op.NewContainers(opDeps),
 		Exporters: exporter.Types{
@@ -333,6 +357,8 @@ func (e *Engine) openAPIs(opts Options) error {
 			"local":     localexporter.New(files),
 			"tar":       tarexporter.New(files),
 			"cacheonly": exporter.CacheOnly,
+
+			snapshotexporter.Type: snapshotexporter.New(e.built.keep),
 		},
 		Caches:                e.caches,
 		History:               builds,
@@ -369,7 +395,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		return err
 	}
 	e.docker, err = dockerapi.New(dockerapi.Options{
-		Images:   sweeping{dockerapi.StoreImages(st.Images, st.Blobs, st.Layers), e},
+		Images:   sweeping{e.built, e},
 		Roots:    dockerapi.StoreRoots(st.Snapshots),
 		Registry: &remotes{store: st, registry: remote, puller: puller, pusher: pusher, synced: e.syncer.request},
 		Archives: &archives{store: st, layers: layerBlobs, puller: puller, dir: e.path("tmp"), synced: e.syncer.request},
@@ -377,9 +403,12 @@ func (e *Engine) openAPIs(opts Options) error {
 		Builder:  builder{e},
 		Dir:      e.root,
 		Version:  Version,
+		Rootless: userns.Inside(),
+		NoLimits: e.executor.NoLimits() != "",
 		Info: func() [][2]string {
 			return [][2]string{
 				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
+				{"User", e.user()}, {"Network", e.networkKind()}, {"Limits", e.limits()},
 				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
 				{"driver-type", "io.containerd.snapshotter.v1"},
 			}
@@ -460,6 +489,9 @@ func (e *Engine) Close() error {
 	}
 	if e.buildkit != nil {
 		errs = append(errs, e.buildkit.Close())
+	}
+	if e.built != nil {
+		e.built.close()
 	}
 	e.sweeps.Wait()
 	if e.gc != nil && e.gc.close() {
@@ -558,6 +590,9 @@ func (e *Engine) labels() map[string]string {
 		LabelBuilds:    strconv.Itoa(e.buildkit.Active()),
 		LabelLayers:    e.layers(),
 		LabelSnapshots: e.snapshots(),
+		LabelUser:      e.user(),
+		LabelNetwork:   e.networkKind(),
+		LabelLimits:    e.limits(),
 		LabelExecutor:  "libcontainer",
 	}
 	if name, err := os.Hostname(); err == nil {

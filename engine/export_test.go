@@ -60,6 +60,12 @@ func (te *testEngine) exportWith(dockerfile string, solve bkclient.SolveOpt) (ma
 			te.t.Fatal(err)
 		}
 	}
+	return te.exportFrom(dir, solve)
+}
+
+// exportFrom builds what is in dir.
+func (te *testEngine) exportFrom(dir string, solve bkclient.SolveOpt) (map[string]string, error) {
+	te.t.Helper()
 	files, err := fsutil.NewFS(dir)
 	if err != nil {
 		te.t.Fatal(err)

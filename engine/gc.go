@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync"
@@ -33,6 +34,9 @@ type GC struct {
 
 // DefaultGCDelay is long enough not to be in the way of somebody who builds again and again.
 const DefaultGCDelay = time.Second
+
+// trimDelay is how long the engine is idle before it gives the memory back that builds have needed.
+const trimDelay = 5 * time.Second
 
 // DefaultPackDelay is how long it takes until nobody is likely to come back to what they were building.
 const DefaultPackDelay = time.Minute
@@ -193,7 +197,7 @@ func signal(ch chan struct{}) {
 }
 
 func (c *collector) loop(ctx context.Context) {
-	idle, pack := time.NewTimer(c.delay), time.NewTimer(c.packDelay)
+	idle, pack, trim := time.NewTimer(c.delay), time.NewTimer(c.packDelay), time.NewTimer(trimDelay)
 	idle.Stop()
 	pack.Stop()
 	for {
@@ -204,12 +208,18 @@ func (c *collector) loop(ctx context.Context) {
 			c.pending = true
 			idle.Reset(max(c.delay, time.Until(time.Unix(0, c.rest.Load()))))
 			pack.Reset(c.packDelay)
+			trim.Reset(trimDelay)
 			continue
 		case <-c.urgent:
 			c.makeRoom(ctx)
 			continue
 		case <-pack.C:
 			c.packIdle(ctx)
+			continue
+		case <-trim.C:
+			if !c.busy() {
+				debug.FreeOSMemory()
+			}
 			continue
 		case <-idle.C:
 			if c.busy() {

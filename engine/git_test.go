@@ -15,55 +15,77 @@ import (
 	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
 )
 
-// TestGitContext builds from a repository that git's own server side hands out, and follows its branch.
-func TestGitContext(t *testing.T) {
+// gitServer is a repository that git's own server side hands out.
+type gitServer struct {
+	t         *testing.T
+	dir, work string
+	url       string
+}
+
+// serveGit makes an empty repository with the branch main.
+func serveGit(t *testing.T) *gitServer {
+	t.Helper()
 	execPath, err := exec.Command("git", "--exec-path").Output()
 	if err != nil {
 		t.Skip("git is not installed")
 	}
-	te := openTest(t)
-	dir := t.TempDir()
-	work := filepath.Join(dir, "app.git")
-	write := func(name, content string) {
-		t.Helper()
-		path := filepath.Join(work, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
+	g := &gitServer{t: t, dir: t.TempDir()}
+	g.work = filepath.Join(g.dir, "app.git")
 	server := httptest.NewServer(&cgi.Handler{
 		Path: filepath.Join(strings.TrimSpace(string(execPath)), "git-http-backend"),
-		Env:  []string{"GIT_PROJECT_ROOT=" + dir, "GIT_HTTP_EXPORT_ALL=1", "HOME=" + dir},
+		Env:  []string{"GIT_PROJECT_ROOT=" + g.dir, "GIT_HTTP_EXPORT_ALL=1", "HOME=" + g.dir},
 	})
-	defer server.Close()
-	git := func(args ...string) {
-		t.Helper()
-		cmd := exec.Command("git", append([]string{"-c", "user.name=n", "-c", "user.email=e@example.test", "-c", "init.defaultBranch=main"}, args...)...)
-		cmd.Dir = dir
-		if _, err := os.Stat(work); err == nil {
-			cmd.Dir = work
-		}
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("git %v: %v\n%s", args, err, out)
-		}
+	t.Cleanup(server.Close)
+	g.url = server.URL + "/app.git"
+	g.git("init", "--quiet", g.work)
+	return g
+}
+
+// git runs a command in the repository and returns what it prints.
+func (g *gitServer) git(args ...string) string {
+	g.t.Helper()
+	cmd := exec.Command("git", append([]string{"-c", "user.name=n", "-c", "user.email=e@example.test", "-c", "init.defaultBranch=main"}, args...)...)
+	cmd.Dir = g.dir
+	if _, err := os.Stat(g.work); err == nil {
+		cmd.Dir = g.work
 	}
-	git("init", "--quiet", work)
-	commit := func() {
-		t.Helper()
-		git("add", ".")
-		git("commit", "--quiet", "-m", "change")
+	out, err := cmd.Output()
+	if err != nil {
+		g.t.Fatalf("git %v: %v\n%s", args, err, out)
 	}
-	write("Dockerfile", "FROM scratch\nCOPY file /\nADD "+server.URL+"/app.git#main:sub /sub/\n")
+	return strings.TrimSpace(string(out))
+}
+
+func (g *gitServer) write(name, content string) {
+	g.t.Helper()
+	path := filepath.Join(g.work, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		g.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+func (g *gitServer) commit() {
+	g.t.Helper()
+	g.git("add", ".")
+	g.git("commit", "--quiet", "-m", "change")
+}
+
+// TestGitContext builds from a repository and follows its branch.
+func TestGitContext(t *testing.T) {
+	repo := serveGit(t)
+	te := openTest(t)
+	write, commit := repo.write, repo.commit
+	write("Dockerfile", "FROM scratch\nCOPY file /\nADD "+repo.url+"#main:sub /sub/\n")
 	write("file", "one")
 	write("sub/x", "x")
 	commit()
 
 	build := func() result {
 		t.Helper()
-		return te.mustBuild(request{name: "fromgit", attrs: map[string]string{"context": server.URL + "/app.git#main"}})
+		return te.mustBuild(request{name: "fromgit", attrs: map[string]string{"context": repo.url + "#main"}})
 	}
 	copied := func(r result) bool {
 		for name, v := range r.vertices {
@@ -99,11 +121,7 @@ func TestGitContext(t *testing.T) {
 			decode(t, te.blob(d), &p)
 		}
 	}
-	head, err := exec.Command("git", "-C", work, "rev-parse", "HEAD").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	commitID, uri := strings.TrimSpace(string(head)), server.URL+"/app.git#main"
+	commitID, uri := repo.git("rev-parse", "HEAD"), repo.url+"#main"
 	if cs := p.BuildDefinition.ExternalParameters.ConfigSource; cs.URI != uri || cs.Digest["sha1"] != commitID {
 		t.Errorf("config source %+v, want %s at %s", cs, uri, commitID)
 	}

@@ -5,6 +5,7 @@ package engine
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"io"
 	"os"
 	"os/exec"
@@ -23,6 +24,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
 // cachedDockerfile has two stages; the argument LAST changes its last step only.
@@ -348,5 +350,31 @@ func TestSharedCacheCanceled(t *testing.T) {
 	}
 	if len(after.Records) < len(before.Records) {
 		t.Errorf("%d records, before %d", len(after.Records), len(before.Records))
+	}
+}
+
+// TestSharedCachePlan asks what would be found, and nothing runs.
+func TestSharedCachePlan(t *testing.T) {
+	s := newSharing(t)
+	s.build(openTest(t), "1", func(r *request) { r.cacheTo = s.entry("mode=max") })
+	te := openTest(t)
+	for last, want := range map[string]int{"1": 6, "2": 5} {
+		out := s.build(te, last, func(r *request) {
+			r.cacheFrom = s.entry()
+			r.attrs[buildkitapi.PlanAttr] = "true"
+		})
+		var plan buildkitapi.CachePlan
+		if err := json.Unmarshal([]byte(out.response[buildkitapi.PlanAttr]), &plan); err != nil {
+			t.Fatal(err)
+		}
+		found := 0
+		for _, step := range plan.Steps {
+			if step.Found != "" {
+				found++
+			}
+		}
+		if found != want {
+			t.Errorf("LAST=%s: %d found, want %d: %+v", last, found, want, plan)
+		}
 	}
 }

@@ -110,6 +110,24 @@ type PinDescription struct {
 	LastModified *time.Time
 }
 
+// PinObjectReader is a git source whose objects can be looked at.
+type PinObjectReader interface {
+	// PinObjects reads what DescribePin would say, in full.
+	PinObjects(ctx context.Context, env *Env) (GitObjects, error)
+}
+
+// GitObjects are the raw objects of a commit (CommitID) and, when it was named by an annotated tag, of that; Tag is nil for others.
+type GitObjects struct {
+	CommitID    string
+	Commit, Tag []byte
+}
+
+// PinHasher is a source of a single file.
+type PinHasher interface {
+	// PinDigest is the digest of the bytes of the file that DescribePin describes, followed by suffix.
+	PinDigest(ctx context.Context, env *Env, algorithm digest.Algorithm, suffix []byte) (digest.Digest, error)
+}
+
 // Pin is what a source was resolved to.
 type Pin struct {
 	Parts     []record.Part

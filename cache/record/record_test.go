@@ -10,13 +10,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 )
 
@@ -170,6 +173,46 @@ func TestSyncLeavesLaterPuts(t *testing.T) {
 	}
 }
 
+func mustCBOR(t testing.TB, v any) []byte {
+	t.Helper()
+	raw, err := encoding.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// What a step's arguments are need not be text.
+func TestBytesInParts(t *testing.T) {
+	s := open(t, t.TempDir())
+	rec := &Record{Durable: true, Parts: []Part{{"arg", "a\xffb"}}}
+	if err := s.Put(t.Context(), rec, "k"); err != nil {
+		t.Fatal(err)
+	}
+	if got := mustGet(t, s, "k", true).Parts; !reflect.DeepEqual(got, rec.Parts) {
+		t.Errorf("got %q", got)
+	}
+}
+
+// BenchmarkDecode reads the record of a step that stands on a hundred layers.
+func BenchmarkDecode(b *testing.B) {
+	rec := sample()
+	for i := range 100 {
+		rec.Outputs[0] = append(rec.Outputs[0], layer.ID(digest.FromString(fmt.Sprint(i)).Encoded()))
+	}
+	raw, err := encodeRecord(rec)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	b.SetBytes(int64(len(raw)))
+	for b.Loop() {
+		if _, err := decodeRecord(raw); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func TestUnreadableIsAMiss(t *testing.T) {
 	s := open(t, t.TempDir())
 	good, err := encodeRecord(&Record{Durable: true})
@@ -182,7 +225,8 @@ func TestUnreadableIsAMiss(t *testing.T) {
 	newer[0] = formatVersion + 1
 	for name, raw := range map[string][]byte{
 		"empty": {}, "short": good[:3], "cut": good[:len(good)-1], "flipped bit": flipped, "newer version": newer,
-		"no JSON": seal([]byte("no")), "wrong JSON": seal([]byte(`{"outputs":7}`)), "bad digest": seal([]byte(`{"log":"../../x","durable":true}`)),
+		"no CBOR": seal([]byte("no")), "JSON": seal([]byte(`{"durable":true}`)), "wrong type": seal(mustCBOR(t, map[string]any{"outputs": 7})),
+		"bad digest": seal(mustCBOR(t, map[string]any{"log": "../../x", "durable": true})),
 	} {
 		t.Run(name, func(t *testing.T) {
 			var w writes
@@ -379,13 +423,13 @@ func FuzzDecodeRecord(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(good)
-	f.Add(seal([]byte(`{"outputs":[["x"],null],"log":""}`)))
+	f.Add(seal(mustCBOR(f, map[string]any{"outputs": [][]string{{"x"}, nil}, "log": ""})))
 	f.Add([]byte{formatVersion, 0, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if _, err := decodeRecord(raw); err != nil && !errors.Is(err, errUnreadable) {
 			t.Fatalf("error of no class: %v", err)
 		}
-		// The checksum keeps random bytes away from the JSON: try them behind a good one.
+		// The checksum keeps random bytes away from the CBOR: try them behind a good one.
 		rec, err := decodeRecord(seal(raw))
 		if err != nil {
 			if !errors.Is(err, errUnreadable) {

@@ -176,7 +176,7 @@ func (r *Registry) host(host string) (docker.RegistryHost, error) {
 		Host:         addr,
 		Scheme:       r.hosts.scheme(addr),
 		Path:         "/v2",
-		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityPush,
+		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityPush | docker.HostCapabilityReferrers,
 	}, nil
 }
 

@@ -153,6 +153,11 @@ type MountOptions struct {
 	// Writable gives the mount an upper directory, which Commit makes a layer. Writes are not synced to disk, whatever
 	// the writer asks for.
 	Writable bool
+	// Above is a directory that the mount shows above the snapshot and below what is written; "" is none. It stays as it is until
+	// the mount has been committed or released. What is written over it becomes a layer of the snapshot alone: Finish, called by Commit with the
+	// upper directory before that, sets right what cannot stay so. Overlay only.
+	Above  string
+	Finish func(upper string) error
 }
 
 // Mount is a mounted snapshot. Its methods may be called concurrently. Every mount ends with Release or Commit;
@@ -166,6 +171,7 @@ type Mount struct {
 	// below is the view of snap, for Commit; nil for a read-only overlay. It is made while the mount is being used.
 	below func() (*View, error)
 
+	finish   func(upper string) error // may be nil
 	writable bool
 	copy     string       // where the files are, if they are a copy
 	before   *index.Index // what was in a writable copy at the beginning
@@ -187,7 +193,7 @@ const (
 
 // Mount mounts snap.
 func (s *Store) Mount(ctx context.Context, snap Snapshot, o MountOptions) (*Mount, error) {
-	m := &Mount{s: s, snap: slices.Clone(snap), writable: o.Writable, gone: make(chan struct{})}
+	m := &Mount{s: s, snap: slices.Clone(snap), writable: o.Writable, finish: o.Finish, gone: make(chan struct{})}
 	// Registered before it is there, so that InUse holds the layers while they are looked for.
 	s.mu.Lock()
 	if s.closed {
@@ -215,6 +221,9 @@ func (m *Mount) mount(ctx context.Context, o MountOptions) error {
 		return err
 	}
 	if m.s.probe().Driver == DriverCopy {
+		if o.Above != "" {
+			return errors.New("a copy cannot have a directory above it")
+		}
 		return m.mountCopy(ctx, o)
 	}
 	return m.mountOverlay(ctx, o)
@@ -222,6 +231,9 @@ func (m *Mount) mount(ctx context.Context, o MountOptions) error {
 
 func (m *Mount) mountOverlay(ctx context.Context, o MountOptions) error {
 	var ov overlay
+	if o.Above != "" {
+		ov.lowers = append(ov.lowers, o.Above)
+	}
 	seen := map[layer.ID]bool{}
 	for _, id := range slices.Backward(m.snap) {
 		// Overlay refuses a directory twice (ELOOP). The lower one of two equal layers shows nothing and hides
@@ -338,6 +350,9 @@ func (m *Mount) Commit(ctx context.Context) (Snapshot, error) {
 	var err error
 	if m.copy != "" {
 		err = m.copyChanges(ctx)
+	}
+	if err == nil && m.finish != nil {
+		err = m.finish(filepath.Join(m.upper, "upper"))
 	}
 	if err == nil {
 		id, err = m.s.layers.CommitTreeOver(ctx, m.upper, func(context.Context) (index.Tree, error) { return m.below() })

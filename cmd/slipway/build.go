@@ -32,6 +32,7 @@ import (
 	"github.com/moby/buildkit/util/progress/progressui"
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"github.com/tonistiigi/fsutil"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
@@ -87,20 +88,11 @@ func newBuildCommand(a *app) *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
+	o.addFlags(f)
 	f.StringArrayVarP(&o.tags, "tag", "t", nil, "name of the image, may be repeated")
-	f.StringVarP(&o.file, "file", "f", "", "the Dockerfile, - for standard input (default DIR/Dockerfile)")
-	f.StringVar(&o.target, "target", "", "build this stage")
-	f.StringArrayVar(&o.buildArgs, "build-arg", nil, "set an ARG: KEY=VALUE, or KEY to take it from the environment")
-	f.BoolVar(&o.noCache, "no-cache", false, "run every step again")
-	f.StringSliceVar(&o.noCacheFilter, "no-cache-filter", nil, "run the steps of these stages again")
 	f.BoolVar(&o.pull, "pull", false, "ask the registry even for base images that are here")
 	f.BoolVar(&o.verifyCache, "verify-cache", false, "run what is found in the cache as well, and say what differs (exit status 3)")
-	f.BoolVar(&o.debugOnError, "debug-on-error", false, "when a RUN fails, open a shell in what it has left ('slipway debug' does so later)")
-	f.IntVar(&o.jobs, "jobs", 0, "run so many steps of this build at once (default: the number of processors)")
 	f.Var(&o.maxMemory, "max-memory", "with --standalone: memory for the steps that run at once, like 512m or 2g (default: 80% of the machine's)")
-	f.StringVar(&o.progress, "progress", envOr("BUILDKIT_PROGRESS", "auto"), "auto, plain, tty, quiet or rawjson [$BUILDKIT_PROGRESS]")
-	f.StringArrayVar(&o.secrets, "secret", nil, "give a secret to RUN --mount=type=secret: id=ID[,src=FILE|,env=NAME]")
-	f.StringArrayVar(&o.ssh, "ssh", nil, "give an SSH agent or keys to RUN --mount=type=ssh: default|ID[=SOCKET|KEY[,KEY]]")
 	f.StringArrayVar(&o.labels, "label", nil, "set a label of the image: KEY=VALUE")
 	f.StringSliceVar(&o.platforms, "platform", nil, "build for this platform")
 	f.BoolVar(&o.push, "push", false, "push the image to its registry")
@@ -108,10 +100,8 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.load, "load", false, "put the image into the local store, beside what --output makes")
 	f.StringArrayVarP(&o.outputs, "output", "o", nil, "what to make, may be repeated: DIR, - for a tar on standard output,\n"+
 		"or type=image|registry|local|tar|oci|docker|cacheonly,KEY=VALUE… (default type=image)")
-	f.StringArrayVar(&o.contexts, "build-context", nil, "one more context: NAME=DIR|docker-image://REF|oci-layout://DIR[:TAG][@DIGEST]|URL")
 	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP")
 	f.StringVar(&o.network, "network", "", "network of RUN steps: default, none or host")
-	f.StringSliceVar(&o.allow, "allow", nil, "let the Dockerfile ask for network.host or security.insecure")
 	f.StringArrayVar(&o.attest, "attest", nil, "say something about the result: type=provenance|sbom[,KEY=VALUE…]")
 	f.StringVar(&o.provenance, "provenance", "", "where the result comes from: true, false or KEY=VALUE… (mode=min|max)")
 	f.StringVar(&o.sbom, "sbom", "", "what is in the result: true, false or KEY=VALUE… (generator=IMAGE)")
@@ -127,6 +117,22 @@ func newBuildCommand(a *app) *cobra.Command {
 	return cmd
 }
 
+// addFlags adds the flags that say what is built and how, which 'slipway run --build' has as well.
+func (o *buildOptions) addFlags(f *pflag.FlagSet) {
+	f.StringVarP(&o.file, "file", "f", "", "the Dockerfile, - for standard input (default DIR/Dockerfile)")
+	f.StringVar(&o.target, "target", "", "build this stage")
+	f.StringArrayVar(&o.buildArgs, "build-arg", nil, "set an ARG: KEY=VALUE, or KEY to take it from the environment")
+	f.BoolVar(&o.noCache, "no-cache", false, "run every step again")
+	f.StringSliceVar(&o.noCacheFilter, "no-cache-filter", nil, "run the steps of these stages again")
+	f.BoolVar(&o.debugOnError, "debug-on-error", false, "when a RUN fails, open a shell in what it has left ('slipway debug' does so later)")
+	f.IntVar(&o.jobs, "jobs", 0, "run so many steps of this build at once (default: the number of processors)")
+	f.StringVar(&o.progress, "progress", envOr("BUILDKIT_PROGRESS", "auto"), "auto, plain, tty, quiet or rawjson [$BUILDKIT_PROGRESS]")
+	f.StringArrayVar(&o.secrets, "secret", nil, "give a secret to RUN --mount=type=secret: id=ID[,src=FILE|,env=NAME]")
+	f.StringArrayVar(&o.ssh, "ssh", nil, "give an SSH agent or keys to RUN --mount=type=ssh: default|ID[=SOCKET|KEY[,KEY]]")
+	f.StringArrayVar(&o.contexts, "build-context", nil, "one more context: NAME=DIR|docker-image://REF|oci-layout://DIR[:TAG][@DIGEST]|URL")
+	f.StringSliceVar(&o.allow, "allow", nil, "let the Dockerfile ask for network.host or security.insecure")
+}
+
 func envOr(name, value string) string {
 	if v := os.Getenv(name); v != "" {
 		return v
@@ -136,51 +142,15 @@ func envOr(name, value string) string {
 
 // build runs one build and shows it.
 func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
-	solve := bkclient.SolveOpt{
-		Frontend:      "dockerfile.v0",
-		FrontendAttrs: map[string]string{},
-		LocalMounts:   map[string]fsutil.FS{},
-		Ref:           identity.NewID(),
-	}
-	var err error
-	if solve.CacheImports, err = cacheOptions("--cache-from", o.cacheFrom); err != nil {
-		return err
-	}
-	if solve.CacheExports, err = cacheOptions("--cache-to", o.cacheTo); err != nil {
-		return err
-	}
 	call, err := parseCall(o.call, o.check)
 	if err != nil {
 		return err
 	}
-	from, err := a.addContext(&solve, o.file, dir)
+	solve, cleanup, err := o.request(ctx, a, dir)
 	if err != nil {
 		return err
 	}
-	defer from.cleanup()
-	if solve.SourcePolicy, err = readSourcePolicy(); err != nil {
-		return err
-	}
-	if err := o.addAttrs(&solve); err != nil {
-		return err
-	}
-	if err := o.stepOptions.addAttrs(solve.FrontendAttrs); err != nil {
-		return err
-	}
-	if err := addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()); err != nil {
-		return err
-	}
-	if err := o.attestOptions.addAttrs(solve.FrontendAttrs); err != nil {
-		return err
-	}
-	if err := o.addOwnAttrs(a, &solve); err != nil {
-		return err
-	}
-	for _, spec := range o.contexts {
-		if err := addNamedContext(&solve, spec); err != nil {
-			return err
-		}
-	}
+	defer cleanup()
 	out, err := o.readOutputs(a.stdout())
 	if err != nil {
 		return err
@@ -196,44 +166,12 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 	if err := o.annotate(solve.Exports); err != nil {
 		return err
 	}
-	if solve.Session, err = a.attachables(o); err != nil {
-		return err
-	}
-	if from.session != nil {
-		solve.Session = append(solve.Session, from.session)
-	}
 	if call != nil {
 		return a.call(ctx, call, solve, o.progress)
 	}
-	mode := progressui.DisplayMode(o.progress)
-	if o.quiet {
-		mode = progressui.QuietMode
-	}
-	display, err := progressui.NewDisplay(a.stderr(), mode)
-	if err != nil {
-		return fmt.Errorf("--progress %s: %w", o.progress, err)
-	}
-
-	client, err := a.buildkit(ctx)
+	client, response, err := a.solve(ctx, &o, solve)
 	if err != nil {
 		return err
-	}
-	if err := a.checkOwnAttrs(ctx, client, solve.FrontendAttrs); err != nil {
-		return err
-	}
-	response, warnings, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
-	if err != nil {
-		why := a.buildError(ctx, err, tail)
-		if o.debugOnError && ctx.Err() == nil {
-			var exit *exitError
-			if failure := a.debugError(ctx, client, o, solve.Ref, err); failure != nil && !errors.As(failure, &exit) {
-				fmt.Fprintf(a.stderr(), "slipway: %v\n", message(failure))
-			}
-		}
-		return why
-	}
-	if mode != progressui.QuietMode && mode != progressui.RawJSONMode {
-		showWarnings(a.stderr(), warnings)
 	}
 	if err := out.commit(); err != nil {
 		return fmt.Errorf("--output: %w", err)
@@ -249,6 +187,91 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		return err
 	}
 	return a.verificationDone(o, response.ExporterResponse)
+}
+
+// solve runs a build and shows it. Its error is for the user, after what was printed.
+func (a *app) solve(ctx context.Context, o *buildOptions, solve bkclient.SolveOpt) (*bkclient.Client, *bkclient.SolveResponse, error) {
+	mode := progressui.DisplayMode(o.progress)
+	if o.quiet {
+		mode = progressui.QuietMode
+	}
+	display, err := progressui.NewDisplay(a.stderr(), mode)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--progress %s: %w", o.progress, err)
+	}
+	client, err := a.buildkit(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := a.checkOwnAttrs(ctx, client, solve.FrontendAttrs); err != nil {
+		return nil, nil, err
+	}
+	response, warnings, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
+	if err != nil {
+		why := a.buildError(ctx, err, tail)
+		if o.debugOnError && ctx.Err() == nil {
+			var exit *exitError
+			if failure := a.debugError(ctx, client, *o, solve.Ref, err); failure != nil && !errors.As(failure, &exit) {
+				fmt.Fprintf(a.stderr(), "slipway: %v\n", message(failure))
+			}
+		}
+		return nil, nil, why
+	}
+	if mode != progressui.QuietMode && mode != progressui.RawJSONMode {
+		showWarnings(a.stderr(), warnings)
+	}
+	return client, response, nil
+}
+
+// request is what a build asks the engine for, but for its outputs. Call cleanup when it has ended.
+func (o *buildOptions) request(ctx context.Context, a *app, dir string) (solve bkclient.SolveOpt, cleanup func(), err error) {
+	solve = bkclient.SolveOpt{
+		Frontend:      "dockerfile.v0",
+		FrontendAttrs: map[string]string{},
+		LocalMounts:   map[string]fsutil.FS{},
+		Ref:           identity.NewID(),
+	}
+	if solve.CacheImports, err = cacheOptions("--cache-from", o.cacheFrom); err != nil {
+		return solve, nil, err
+	}
+	if solve.CacheExports, err = cacheOptions("--cache-to", o.cacheTo); err != nil {
+		return solve, nil, err
+	}
+	from, err := a.addContext(&solve, o.file, dir)
+	if err != nil {
+		return solve, nil, err
+	}
+	defer func() {
+		if err != nil {
+			from.cleanup()
+		}
+	}()
+	if solve.SourcePolicy, err = readSourcePolicy(); err != nil {
+		return solve, nil, err
+	}
+	for _, add := range []func() error{
+		func() error { return o.addAttrs(&solve) },
+		func() error { return o.stepOptions.addAttrs(solve.FrontendAttrs) },
+		func() error { return addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()) },
+		func() error { return o.attestOptions.addAttrs(solve.FrontendAttrs) },
+		func() error { return o.addOwnAttrs(a, &solve) },
+	} {
+		if err := add(); err != nil {
+			return solve, nil, err
+		}
+	}
+	for _, spec := range o.contexts {
+		if err := addNamedContext(&solve, spec); err != nil {
+			return solve, nil, err
+		}
+	}
+	if solve.Session, err = a.attachables(*o); err != nil {
+		return solve, nil, err
+	}
+	if from.session != nil {
+		solve.Session = append(solve.Session, from.session)
+	}
+	return solve, from.cleanup, nil
 }
 
 // localSources are the files of this host that a build is made of, as far as its main context goes.

@@ -110,6 +110,27 @@ func setWorker(enabled **bool, key, text string) error {
 	return config.Check(key, b)
 }
 
+func setRootless(c *config.Config, v flagValue) error {
+	c.Worker.OCI.Rootless = v.yes
+	return nil
+}
+
+// buildkitdPlaces are the default state directory, socket and configuration file of this user.
+func buildkitdPlaces() (root, address, file string, err error) {
+	if !ordinaryUser() {
+		return buildkitdRoot, buildkitdAddress, filepath.Join("/etc", buildkitdConfig), nil
+	}
+	data, err := dataHome()
+	if err != nil {
+		return "", "", "", err
+	}
+	socket := filepath.Join(sharedRuntimeDir(), "buildkitd.sock")
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		socket = filepath.Join(dir, "buildkit", "buildkitd.sock")
+	}
+	return filepath.Join(data, "buildkit"), "unix://" + socket, filepath.Join(config.UserDir(), buildkitdConfig), nil
+}
+
 // buildkitdFlags are all of them; a test compares the list with buildkitd's own.
 func buildkitdFlags() []buildkitdFlag {
 	text := func(field func(*config.Config) *string) func(*config.Config, flagValue) error {
@@ -169,7 +190,7 @@ func buildkitdFlags() []buildkitdFlag {
 		}},
 		{name: "cdi-spec-dir", kind: listFlag, usage: "list of directories to scan for CDI spec files", key: "cdi.specDirs"},
 		{name: "save-cache-debug", kind: boolFlag, usage: "enable saving cache debug info"},
-		{name: "rootless", kind: boolFlag, usage: "set all the default options to be compatible with rootless containers", key: "worker.oci.rootless"},
+		{name: "rootless", kind: boolFlag, usage: "set all the default options to be compatible with rootless containers", key: "worker.oci.rootless", set: setRootless},
 
 		{name: "oci-worker", value: "auto", usage: "enable oci workers (true/false/auto)", set: func(c *config.Config, v flagValue) error {
 			return setWorker(&c.Worker.OCI.Enabled, "worker.oci.enabled", v.text)
@@ -197,7 +218,7 @@ func buildkitdFlags() []buildkitdFlag {
 			c.Worker.OCI.MaxParallelism = v.number
 			return notNegative(v.number)
 		}},
-		{name: "oci-worker-rootless", kind: boolFlag, usage: "enable rootless mode", key: "worker.oci.rootless"},
+		{name: "oci-worker-rootless", kind: boolFlag, usage: "enable rootless mode", key: "worker.oci.rootless", set: setRootless},
 		{name: "oci-worker-no-process-sandbox", kind: boolFlag, usage: "use the host PID namespace and procfs", key: "worker.oci.noProcessSandbox"},
 		{name: "oci-worker-gc", kind: boolFlag, value: "true", usage: "Enable automatic garbage collection on worker", key: "worker.oci.gc", set: func(c *config.Config, v flagValue) error {
 			c.Worker.OCI.GC = &v.yes
@@ -320,9 +341,14 @@ func buildkitdConfiguration(given *pflag.FlagSet, flags []buildkitdFlag) (config
 			}
 		}
 	}
-	path, err := given.GetString("config")
+	root, address, path, err := buildkitdPlaces()
 	if err != nil {
 		return config.Config{}, err
+	}
+	if given.Changed("config") {
+		if path, err = given.GetString("config"); err != nil {
+			return config.Config{}, err
+		}
 	}
 	conf, err := config.Load(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // buildkitd goes on without the file too
@@ -337,10 +363,10 @@ func buildkitdConfiguration(given *pflag.FlagSet, flags []buildkitdFlag) (config
 		}
 	}
 	if len(conf.GRPC.Address) == 0 {
-		conf.GRPC.Address = []string{buildkitdAddress}
+		conf.GRPC.Address = []string{address}
 	}
 	if conf.Root == "" {
-		conf.Root = buildkitdRoot
+		conf.Root = root
 	}
 	if conf.Log.Level == "" && !conf.Debug && !conf.Trace {
 		conf.Log.Level = buildkitdLevel

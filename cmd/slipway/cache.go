@@ -14,6 +14,7 @@ func newCacheCommand(a *app) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newCacheDuCommand(a), newCachePruneCommand(a), newCacheFsckCommand(a))
+	cmd.AddCommand(newCacheDuCommand(a), newCachePruneCommand(a), newCacheFsckCommand(a),
+		newCacheExportCommand(a), newCacheImportCommand(a), newCacheInspectCommand(a))
 	return cmd
 }

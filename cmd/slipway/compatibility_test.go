@@ -76,7 +76,7 @@ func TestCompatibilityPage(t *testing.T) {
 	check("worker.proto", protoFields(&apitypes.WorkerRecord{}))
 	check("gateway.proto", protoFields(&gwpb.SolveRequest{}))
 	keys := map[string]string{}
-	for _, k := range config.Keys {
+	for _, k := range slices.Concat(config.Keys, config.OwnKeys) {
 		keys[k.Path] = string(k.Status)
 	}
 	check("buildkitd.toml", keys)

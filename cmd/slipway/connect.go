@@ -37,8 +37,10 @@ type app struct {
 	// jobs and maxMemory are for the engine, when this process opens one; 0 is the default.
 	jobs      int
 	maxMemory memorySize
-	tls       tlsFiles
-	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
+	// extraCA are PEM files with authorities for steps, for the engine that this process opens.
+	extraCA []string
+	tls     tlsFiles
+	config  string // the configuration file of an engine that is opened here; "" is one of the usual places
 
 	program string // the name in front of messages
 
@@ -107,14 +109,20 @@ func defaultRoot() (string, error) {
 	if !ordinaryUser() {
 		return "/var/lib/slipway", nil
 	}
+	data, err := dataHome()
+	return filepath.Join(data, "slipway"), err
+}
+
+// dataHome is where an ordinary user's programs keep their state.
+func dataHome() (string, error) {
 	if dir := os.Getenv("XDG_DATA_HOME"); dir != "" {
-		return filepath.Join(dir, "slipway"), nil
+		return dir, nil
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
 		return "", fmt.Errorf("no place for state: set --root or $XDG_DATA_HOME: %w", err)
 	}
-	return filepath.Join(home, ".local", "share", "slipway"), nil
+	return filepath.Join(home, ".local", "share"), nil
 }
 
 // runtimeDir is where sockets go that are not kept beside their state.
@@ -417,6 +425,9 @@ func (a *app) startDaemon(ctx context.Context, dial dialFunc) (net.Conn, error) 
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	startEngine := cmd.Start
 	if needsNamespace() {
+		if missing := userns.Missing(); missing != "" {
+			fmt.Fprintf(a.err, "%s: starting the engine: %s\n", a.program, missing)
+		}
 		startEngine = func() error { return userns.Start(cmd, false) }
 	}
 	if err := startEngine(); err != nil {

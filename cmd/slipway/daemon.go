@@ -47,6 +47,7 @@ func newDaemonCommand(a *app) *cobra.Command {
 	f.DurationVar(&d.idle, "idle-timeout", 0, "stop after this long without connections, builds and containers (0: never)")
 	f.IntVar(&a.jobs, "jobs", 0, "run so many build steps at once, all builds together [$SLIPWAY_JOBS]\n(default: the number of processors, or what a build asks for)")
 	f.Var(&a.maxMemory, "max-memory", "memory for the build steps that run at once, like 512m or 2g [$SLIPWAY_MAX_MEMORY]\n(default: 80% of the machine's)")
+	f.StringArrayVar(&a.extraCA, "extra-ca", nil, "PEM file with certificate authorities that build steps trust besides those of their images, and that are in no\nlayer; may be repeated [$SLIPWAY_EXTRA_CA, with colons between]")
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "stop", Short: "Stop the engine and wait until it has ended", Args: args(0, 0),
@@ -274,11 +275,31 @@ func (a *app) daemonStop(ctx context.Context) error {
 	}
 }
 
+// newInfoCommand makes `slipway info`: what `daemon status` says, of an engine that is started when none runs.
+func newInfoCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "info",
+		Short: "Say what the engine has, what it cannot have here, and why",
+		Args:  args(0, 0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if _, err := a.connect(cmd.Context()); err != nil {
+				return err
+			}
+			return a.describe(cmd.Context(), 0)
+		},
+	}
+}
+
 func (a *app) daemonStatus(ctx context.Context) error {
 	pid, err := a.daemonPID(ctx)
 	if err != nil {
 		return err
 	}
+	return a.describe(ctx, pid)
+}
+
+// describe prints what the engine says of itself; pid is left out when it is 0.
+func (a *app) describe(ctx context.Context, pid int) error {
 	client, err := a.buildkit(ctx)
 	if err != nil {
 		return err
@@ -311,8 +332,10 @@ func (a *app) printStatus(pid int, info *bkclient.Info, workers []*bkclient.Work
 			fmt.Fprintf(w, "%s:\t%s\n", name, value)
 		}
 	}
-	row("Address", "unix://"+a.socket())
-	row("Process", strconv.Itoa(pid))
+	row("Address", a.address())
+	if pid > 0 {
+		row("Process", strconv.Itoa(pid))
+	}
 	row("Version", info.BuildkitVersion.Revision)
 	row("BuildKit API", info.BuildkitVersion.Version)
 	for _, worker := range workers {
@@ -320,6 +343,9 @@ func (a *app) printStatus(pid int, info *bkclient.Info, workers []*bkclient.Work
 		row("Builds running", worker.Labels[engine.LabelBuilds])
 		row("Layers", worker.Labels[engine.LabelLayers])
 		row("Snapshots", worker.Labels[engine.LabelSnapshots])
+		row("User", worker.Labels[engine.LabelUser])
+		row("Network", worker.Labels[engine.LabelNetwork])
+		row("Limits", worker.Labels[engine.LabelLimits])
 	}
 	row("Disk usage", units.HumanSize(float64(size)))
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/executor/network"
+	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
 // The places of configuration files, for everybody and below a user's own directory.
@@ -47,6 +49,9 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 	if err != nil {
 		return engine.Options{}, err
 	}
+	if oci.Rootless && !userns.Inside() {
+		return engine.Options{}, errors.New("worker.oci.rootless: this is root of the host: start the engine as an ordinary user, or in a user namespace")
+	}
 	options := engine.Options{
 		Level: level, LogJSON: conf.Log.Format == "json",
 		Jobs:         oci.MaxParallelism,
@@ -55,6 +60,7 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 		Entitlements: conf.Entitlements,
 		NetworkPool:  oci.NetworkPoolSize,
 		CgroupParent: oci.CgroupParent,
+		ExtraCA:      conf.Slipway.ExtraCA,
 		Labels:       oci.Labels,
 		Warnings:     conf.Warnings,
 		Frontends: buildkitapi.Frontends{

@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 
 	"github.com/docker/go-units"
@@ -36,7 +37,7 @@ func (m *memorySize) String() string {
 // Type implements pflag.Value.
 func (m *memorySize) Type() string { return "size" }
 
-// settleLimits takes what the command line does not say about jobs and memory from the environment, and checks it.
+// settleLimits takes what the command line does not say about jobs, memory and authorities from the environment, and checks it.
 func (a *app) settleLimits() error {
 	if text := os.Getenv("SLIPWAY_JOBS"); text != "" && a.jobs == 0 {
 		n, err := strconv.Atoi(text)
@@ -53,15 +54,26 @@ func (a *app) settleLimits() error {
 			return fmt.Errorf("SLIPWAY_MAX_MEMORY=%s: %w", text, err)
 		}
 	}
+	if text := os.Getenv("SLIPWAY_EXTRA_CA"); text != "" && len(a.extraCA) == 0 {
+		a.extraCA = filepath.SplitList(text)
+		for _, name := range a.extraCA {
+			if !filepath.IsAbs(name) { // an engine in the background has another working directory
+				return fmt.Errorf("SLIPWAY_EXTRA_CA=%s: want absolute paths", text)
+			}
+		}
+	}
 	return nil
 }
 
-// limit takes --jobs and --max-memory, where they are given, over what a configuration file says.
+// limit takes --jobs, --max-memory and --extra-ca, where they are given, over what a configuration file says.
 func (a *app) limit(options *engine.Options) {
 	if a.jobs != 0 {
 		options.Jobs = a.jobs
 	}
 	if a.maxMemory != 0 {
 		options.MaxMemory = int64(a.maxMemory)
+	}
+	if len(a.extraCA) > 0 {
+		options.ExtraCA = a.extraCA
 	}
 }

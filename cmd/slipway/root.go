@@ -46,6 +46,7 @@ func commands(a *app) []*cobra.Command {
 		newLoginCommand(a),
 		newLogoutCommand(a),
 		newCacheCommand(a),
+		newInfoCommand(a),
 		newDaemonCommand(a),
 	}
 }

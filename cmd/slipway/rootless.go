@@ -64,15 +64,19 @@ func (a *app) daemonInside(ctx context.Context) error {
 	defer signal.Stop(hangups)
 	go func() {
 		told := ctx.Done()
+		var at time.Time
 		for {
 			select {
 			case <-told:
 				_ = cmd.Process.Signal(unix.SIGTERM)
-				told = nil
-				// Whoever asks a second time does not want to wait.
+				told, at = nil, time.Now()
+				// Whoever asks a second time does not want to wait. Tools that tell a process and its group say it twice at once.
 				signal.Notify(hangups, unix.SIGINT, unix.SIGTERM)
 			case s := <-hangups:
 				if s == unix.SIGINT || s == unix.SIGTERM {
+					if time.Since(at) < time.Second {
+						continue
+					}
 					s = unix.SIGKILL
 				}
 				_ = cmd.Process.Signal(s)

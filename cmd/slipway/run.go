@@ -47,6 +47,10 @@ type runOptions struct {
 	cpuShares  int64
 	cpusetCPUs string
 	pidsLimit  int64
+
+	// build is the directory of --build, and built the flags that say how.
+	build string
+	built buildOptions
 }
 
 // The exit codes of `slipway run` that are not the process's own; 126 and 127 come from the engine.
@@ -55,15 +59,23 @@ const exitRunFailed = 125
 func newRunCommand(a *app) *cobra.Command {
 	o := &runOptions{ulimits: opts.NewUlimitOpt(nil)}
 	cmd := &cobra.Command{
-		Use:   "run [OPTIONS] IMAGE [COMMAND] [ARG...]",
+		Use:   "run [OPTIONS] IMAGE [COMMAND] [ARG...]\n  slipway run [OPTIONS] --build DIR [--] [COMMAND] [ARG...]",
 		Short: "Run a command in a new container and wait for its end",
-		Long: `Run a command in a new container and wait for its end.
+		Long: `Run a command in a new container and wait for its end. With --build the container is made of what a Dockerfile builds, without an
+image in between: nothing is packed or named.
 
 The exit code is the command's: 127 when it was not found, 126 when it could not be executed, 128+N after signal N,
 and 125 when the container could not be run at all. Signals sent to this process go to the command.`,
-		Args: args(1, -1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			err := o.run(cmd.Context(), cmd.Flags(), a, args[0], args[1:])
+			image := ""
+			switch {
+			case cmd.Flags().Changed("build"):
+			case len(args) == 0:
+				return &exitError{exitRunFailed, &usageError{errors.New("run needs an image, or --build DIR"), cmd.CommandPath()}}
+			default:
+				image, args = args[0], args[1:]
+			}
+			err := o.run(cmd.Context(), cmd.Flags(), a, image, args)
 			var exit *exitError
 			var interrupt *signalError
 			if err == nil || errors.As(err, &exit) || errors.As(err, &interrupt) {
@@ -76,6 +88,8 @@ and 125 when the container could not be run at all. Signals sent to this process
 		return &exitError{exitRunFailed, &usageError{err, cmd.CommandPath()}}
 	})
 	o.define(cmd.Flags())
+	cmd.Flags().StringVar(&o.build, "build", "", "build DIR, a URL or - and run the result; these flags are as for 'slipway build':")
+	o.built.addFlags(cmd.Flags())
 	return cmd
 }
 
@@ -278,6 +292,9 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, a *app, imag
 	if err != nil {
 		return err
 	}
+	if err := o.checkBuild(flags); err != nil {
+		return err
+	}
 	inFD, inTTY := terminal(a.in)
 	outFD, outTTY := terminal(a.out)
 	if o.tty && o.interactive && !inTTY {
@@ -287,6 +304,12 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, a *app, imag
 		if cols, rows, err := term.GetSize(outFD); err == nil {
 			req.HostConfig.ConsoleSize = [2]uint{uint(rows), uint(cols)}
 		}
+	}
+	if flags.Changed("build") {
+		if req.Config.Image, err = o.buildSnapshot(ctx, a); err != nil {
+			return err
+		}
+		o.pull = "never"
 	}
 	cli, err := a.docker(ctx)
 	if err != nil {

@@ -21,6 +21,8 @@ const exitDifferent = 3
 var ownAttrs = []struct{ attr, flag string }{
 	{buildkitapi.VerifyCacheAttr, "--verify-cache"},
 	{buildkitapi.JobsAttr, "--jobs"},
+	{buildkitapi.WholeCacheAttr, "cache import and export"},
+	{buildkitapi.PlanAttr, "cache inspect --for"},
 }
 
 // addOwnAttrs translates the flags that BuildKit does not have.

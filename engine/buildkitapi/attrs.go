@@ -20,6 +20,12 @@ const (
 	VerifyCacheAttr = "slipway.verify-cache"
 	// JobsAttr is how many steps of the build run at once: a number from 1.
 	JobsAttr = "slipway.jobs"
+	// PlanAttr set to true runs nothing: the response has a CachePlan as JSON under the same name.
+	PlanAttr = "slipway.plan"
+	// WholeCacheAttr set to true has the imports and exports of the request be about everything: all that the imported caches have becomes
+	// known, and all that the engine knows is exported, beside the build, which may be of nothing. The response says under the same name how many
+	// records have been imported.
+	WholeCacheAttr = "slipway.whole-cache"
 	// OptionsLabel lists the attributes above, with commas between them.
 	OptionsLabel = "slipway.options"
 	// ownPrefix is what all attributes of ours begin with.
@@ -27,7 +33,7 @@ const (
 )
 
 // ownOptions is the value of OptionsLabel.
-var ownOptions = strings.Join([]string{JobsAttr, VerifyCacheAttr}, ",")
+var ownOptions = strings.Join([]string{JobsAttr, PlanAttr, VerifyCacheAttr, WholeCacheAttr}, ",")
 
 // HasOption reports whether a worker's labels promise an attribute.
 func HasOption(labels map[string]string, attr string) bool {
@@ -51,30 +57,41 @@ type DifferentStep struct {
 	Verification *explain.Verification `json:"verification"`
 }
 
+// ownRequest is what the attributes say.
+type ownRequest struct {
+	// verifyCache has every hit made again and compared; jobs bounds the steps of this build, 0 is the engine's default.
+	verifyCache bool
+	jobs        int
+	// plan asks only what would be found, and wholeCache imports and exports everything.
+	plan, wholeCache bool
+}
+
 // takeOptions removes the attributes from attrs and returns what they say. It is called when those of local.go are gone.
-func takeOptions(attrs map[string]string) (verify bool, jobs int, err error) {
+func takeOptions(attrs map[string]string) (r ownRequest, err error) {
+	flags := map[string]*bool{VerifyCacheAttr: &r.verifyCache, PlanAttr: &r.plan, WholeCacheAttr: &r.wholeCache}
 	for name, value := range attrs {
 		if !strings.HasPrefix(name, ownPrefix) {
 			continue
 		}
-		switch name {
-		case VerifyCacheAttr:
-			if verify, err = strconv.ParseBool(value); err != nil {
-				return false, 0, fmt.Errorf("%s=%s: want true or false", name, value)
+		flag, isFlag := flags[name]
+		switch {
+		case isFlag:
+			if *flag, err = strconv.ParseBool(value); err != nil {
+				return ownRequest{}, fmt.Errorf("%s=%s: want true or false", name, value)
 			}
-		case JobsAttr:
-			if jobs, err = strconv.Atoi(value); err != nil || jobs < 1 {
-				return false, 0, fmt.Errorf("%s=%s: want a number from 1", name, value)
+		case name == JobsAttr:
+			if r.jobs, err = strconv.Atoi(value); err != nil || r.jobs < 1 {
+				return ownRequest{}, fmt.Errorf("%s=%s: want a number from 1", name, value)
 			}
 		default:
-			return false, 0, fmt.Errorf("unknown attribute %s", name)
+			return ownRequest{}, fmt.Errorf("unknown attribute %s", name)
 		}
 		delete(attrs, name)
 	}
-	if _, noCache := attrs["no-cache"]; verify && noCache && attrs["no-cache"] == "" {
-		return false, 0, fmt.Errorf("%s compares with the cache that no-cache leaves out", VerifyCacheAttr)
+	if _, noCache := attrs["no-cache"]; r.verifyCache && noCache && attrs["no-cache"] == "" {
+		return ownRequest{}, fmt.Errorf("%s compares with the cache that no-cache leaves out", VerifyCacheAttr)
 	}
-	return verify, jobs, nil
+	return r, nil
 }
 
 // cacheVerification sums up what the vertices of a build report.

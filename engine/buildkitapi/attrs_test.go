@@ -22,15 +22,15 @@ func TestTakeOptions(t *testing.T) {
 		{name: "no cache", attrs: map[string]string{VerifyCacheAttr: "1", "no-cache": ""}, err: "slipway.verify-cache compares with the cache that no-cache leaves out"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			verify, jobs, err := takeOptions(c.attrs)
+			own, err := takeOptions(c.attrs)
 			if c.err != "" {
 				if err == nil || err.Error() != c.err {
 					t.Errorf("error %v, want %s", err, c.err)
 				}
 				return
 			}
-			if err != nil || verify != c.verify || jobs != c.jobs || len(c.attrs) != c.left {
-				t.Errorf("got %v, %d, %v, left %v", verify, jobs, err, c.attrs)
+			if err != nil || own.verifyCache != c.verify || own.jobs != c.jobs || len(c.attrs) != c.left {
+				t.Errorf("got %+v, %v, left %v", own, err, c.attrs)
 			}
 		})
 	}

@@ -41,9 +41,7 @@ type request struct {
 	// policy is checked for all sources, and the session's client is asked about them; nil and "" when there is none.
 	policy        *spb.Policy
 	policySession string
-	// verifyCache has every hit made again and compared; jobs bounds the steps of this build, 0 is the engine's default.
-	verifyCache bool
-	jobs        int
+	ownRequest
 	// cacheImports and cacheExports are caches besides the engine's own.
 	cacheImports []remotecache.ImportSpec
 	cacheExports []remotecache.ExportSpec
@@ -119,7 +117,7 @@ func (s *Server) parse(ctx context.Context, req *controlapi.SolveRequest) (*requ
 	if r.localDirs, err = takeLocalDirs(r.opts, samePeerUser(ctx)); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	if r.verifyCache, r.jobs, err = takeOptions(r.opts); err != nil {
+	if r.ownRequest, err = takeOptions(r.opts); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	r.clientFrontend = r.definition == nil && r.frontend == ""

@@ -70,6 +70,8 @@ type Options struct {
 	View    func(ctx context.Context, s snapshot.Snapshot) (gateway.Files, error)
 	Images  gateway.ImageResolver
 	Layouts gateway.LayoutResolver
+	// Attestations finds what is said about images.
+	Attestations gateway.AttestationResolver
 	// Sources makes sources that are asked what they stand for, and Containers what frontends run.
 	Sources    func(*pb.SourceOp) (solver.Source, error)
 	Containers *op.Containers

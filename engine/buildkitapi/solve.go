@@ -73,21 +73,22 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	defer s.requests.Forget(made.origin)
 	var client *gateway.Client
 	client, err = gateway.New(gateway.Options{
-		Build:      solverBuild,
-		View:       s.View,
-		Images:     s.Images,
-		Layouts:    s.Layouts,
-		Sources:    s.Sources,
-		Containers: s.Containers,
-		Policy:     req.policy,
-		Verifier:   session.verifier(req.policySession),
-		Session:    session,
-		Pull:       pull,
-		BuildID:    req.ref,
-		Writer:     recorder,
-		SessionID:  req.session,
-		Workers:    s.workers(),
-		Frontends:  map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
+		Build:        solverBuild,
+		View:         s.View,
+		Images:       s.Images,
+		Layouts:      s.Layouts,
+		Attestations: s.Attestations,
+		Sources:      s.Sources,
+		Containers:   s.Containers,
+		Policy:       req.policy,
+		Verifier:     session.verifier(req.policySession),
+		Session:      session,
+		Pull:         pull,
+		BuildID:      req.ref,
+		Writer:       recorder,
+		SessionID:    req.session,
+		Workers:      s.workers(),
+		Frontends:    map[string]gwclient.BuildFunc{dockerfile.Name: dockerfile.Build},
 
 		AllowFrontend: s.Frontends.check,
 		Import: func(entries []gwclient.CacheOptionsEntry) error {
@@ -129,7 +130,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	imports.Add(req.cacheImports, client.Step)
 	caches := s.Caches.Begin(ctx, req.cacheExports, session, solverBuild, imports, req.opts)
 	defer caches.Stop(errors.New("the build has ended"))
-	response, err := s.run(ctx, b, client, session, req, caches, &made)
+	response, err := s.run(ctx, b, client, session, req, imports, caches, &made)
 	if err != nil {
 		s.saveCaches(ctx, caches, client, err)
 	}
@@ -202,7 +203,8 @@ func importSpecs(entries []gwclient.CacheOptionsEntry) ([]remotecache.ImportSpec
 }
 
 // run is one build: frontend, solve, export.
-func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, caches *remotecache.Exports, made *outcome) (_ map[string]string, err error) {
+func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, session *clientSession, req *request, imports *remotecache.Imports, caches *remotecache.Exports, made *outcome) (_ map[string]string, err error) {
+	var whole map[string]string
 	var res *gwclient.Result
 	if req.clientFrontend {
 		res, err = b.bridge.Wait(ctx)
@@ -217,6 +219,15 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	if isAnswer(res) {
 		// docker buildx bake --check asks with the outputs of its targets: an empty image must not take the place of a real one.
 		return frontendMetadata(res.Metadata), nil
+	}
+	if req.plan {
+		return plan(ctx, made.origin.Solver, res, imports)
+	}
+	if req.wholeCache {
+		if whole, err = takeWhole(ctx, imports); err != nil {
+			return nil, err
+		}
+		caches.Whole()
 	}
 	early := s.begin(ctx, session, req, made.origin.Solver, res, caches)
 	defer func() { early.end(err) }()
@@ -243,6 +254,7 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 		return nil, err
 	}
 	maps.Copy(response, cached)
+	maps.Copy(response, whole)
 	return response, nil
 }
 

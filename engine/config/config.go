@@ -58,6 +58,12 @@ type Config struct {
 		SessionAuthTimeout     *Duration `toml:"sessionAuthTimeout"`
 	} `toml:"system"`
 
+	// Slipway has the keys that BuildKit does not have.
+	Slipway struct {
+		// ExtraCA are PEM files with authorities that steps trust besides those of their images.
+		ExtraCA []string `toml:"extraCA"`
+	} `toml:"slipway"`
+
 	// Path is the file that was read, "" when there was none.
 	Path string `toml:"-"`
 	// Warnings are what is said to no effect, a line each.

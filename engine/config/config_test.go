@@ -242,7 +242,6 @@ func TestRefused(t *testing.T) {
 		"[worker.oci]\nenabled = false":        "worker.oci.enabled = false is not supported",
 		"[worker.oci]\nsnapshotter = \"zfs\"":  "worker.oci.snapshotter = zfs",
 		"[worker.oci]\nSnapshotter = \"zfs\"":  "worker.oci.Snapshotter = zfs",
-		"[worker.oci]\nrootless = true":        "worker.oci.rootless",
 		"[worker.oci]\ngckeepstorage = \"x\"":  "invalid disk space",
 		"[worker.oci]\nmax-parallelism = -1":   "worker.oci.max-parallelism",
 		"[worker.containerd]\nenabled = true":  "worker.containerd.enabled",
@@ -257,7 +256,7 @@ func TestRefused(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", "proxyNetwork = false", "[worker.oci]\nenabled = true\nsnapshotter = \"overlayfs\"\nbinary = \"\"\nrootless = false",
+		"", "proxyNetwork = false", "[worker.oci]\nenabled = true\nsnapshotter = \"overlayfs\"\nbinary = \"\"\nrootless = true",
 		"[worker.containerd]\nenabled = false\nnamespace = \"x\"", "[cdi]\ndisabled = true", "[cdi]\ndisabled = false\nspecDirs = []",
 	} {
 		if _, err := parse([]byte(text)); err != nil {

@@ -62,7 +62,7 @@ var Keys = []Key{
 	{Path: "worker.oci.labels.*", Status: Done},
 	{Path: "worker.oci.platforms", Status: Done},
 	{Path: "worker.oci.snapshotter", Status: Refused, Why: "layers are mounted with overlayfs", fine: []any{"auto", "overlayfs"}},
-	{Path: "worker.oci.rootless", Status: Refused, Why: "the engine needs root"},
+	{Path: "worker.oci.rootless", Status: Done, Why: "the engine sees by itself how it runs; true for root of the host is refused"},
 	{Path: "worker.oci.noProcessSandbox", Status: Refused, Why: "steps always have their own PID namespace"},
 	{Path: "worker.oci.gc", Status: Done},
 	{Path: "worker.oci.gckeepstorage", Status: Done},
@@ -121,14 +121,21 @@ var Keys = []Key{
 	{Path: "compaction.*", Status: NoEffect, Why: "the engine's database tidies itself up"},
 }
 
+// OwnKeys are keys that BuildKit does not have; a buildkitd ignores them.
+var OwnKeys = []Key{
+	{Path: "slipway.extraCA", Status: Done},
+}
+
 // containerdKeys begin with this and mean nothing while that worker is not enabled.
 const containerdKeys = "worker.containerd."
 
 // find returns the entry of a path, nil when there is none. As in BuildKit, case does not matter.
 func find(path []string) *Key {
-	for i := range Keys {
-		if match(strings.Split(Keys[i].Path, "."), path) {
-			return &Keys[i]
+	for _, keys := range [][]Key{Keys, OwnKeys} {
+		for i := range keys {
+			if match(strings.Split(keys[i].Path, "."), path) {
+				return &keys[i]
+			}
 		}
 	}
 	return nil

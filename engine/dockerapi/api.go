@@ -49,6 +49,8 @@ type Options struct {
 	Dir string
 	// Version is ours, as /version tells it.
 	Version string
+	// Rootless is told to clients; NoLimits says that containers cannot be given limits.
+	Rootless, NoLimits bool
 	// Info adds facts for /info, as label and value; may be nil.
 	Info func() [][2]string
 	// Log may be nil.
@@ -343,13 +345,13 @@ func (s *Server) info(r *request) error {
 		ID:              "slipway",
 		Images:          len(images),
 		Driver:          "slipway",
-		MemoryLimit:     true,
-		SwapLimit:       true,
-		CPUCfsPeriod:    true,
-		CPUCfsQuota:     true,
-		CPUShares:       true,
-		CPUSet:          true,
-		PidsLimit:       true,
+		MemoryLimit:     !s.NoLimits,
+		SwapLimit:       !s.NoLimits,
+		CPUCfsPeriod:    !s.NoLimits,
+		CPUCfsQuota:     !s.NoLimits,
+		CPUShares:       !s.NoLimits,
+		CPUSet:          !s.NoLimits,
+		PidsLimit:       !s.NoLimits,
 		IPv4Forwarding:  true,
 		NGoroutines:     runtime.NumGoroutine(),
 		SystemTime:      time.Now().Format(time.RFC3339Nano),
@@ -370,6 +372,12 @@ func (s *Server) info(r *request) error {
 		DriverStatus:    [][2]string{},
 	}
 	info.Swarm.LocalNodeState = "inactive"
+	if s.Rootless {
+		info.SecurityOptions = append(info.SecurityOptions, "name=rootless")
+	}
+	if s.NoLimits {
+		info.CgroupDriver = "none"
+	}
 	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
 		info.CgroupVersion = "2"
 	}

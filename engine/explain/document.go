@@ -54,7 +54,9 @@ type Step struct {
 	FoundBy string `json:"foundBy,omitempty"`
 	// By is the build that did the work, at the time Made, and Took is how long that took; for a step that was found this is
 	// the time saved.
-	By   string        `json:"by,omitempty"`
+	By string `json:"by,omitempty"`
+	// From is the imported cache that the result was found in first; "" for work of this machine.
+	From string        `json:"from,omitempty"`
 	Made *time.Time    `json:"made,omitempty"`
 	Took time.Duration `json:"took,omitempty"`
 	// Fresh says that the step had to run whatever the cache had.
@@ -239,7 +241,7 @@ func newStep(rep *solver.Report, r *redactor) *Step {
 }
 
 func (s *Step) made(rec *record.Record) {
-	s.By, s.Took, s.Made = rec.Build, rec.Duration, &rec.Created
+	s.By, s.From, s.Took, s.Made = rec.Build, rec.From, rec.Duration, &rec.Created
 	if s.Log == "" {
 		s.Log = rec.Log
 	}

@@ -124,6 +124,9 @@ func (t *text) origin(s *Step) string {
 	if s.By != "" {
 		from = "build " + s.By
 	}
+	if s.From != "" {
+		from += " of another machine, in cache " + s.From
+	}
 	what := "saved"
 	if s.Verification != nil {
 		what = "took"

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -34,6 +35,8 @@ type Exports struct {
 	attrs map[string]string
 	list  []*exporting
 	began time.Time
+	// whole is set when everything is exported that the engine knows.
+	whole bool
 	// inline is set when the images' configs have a cache.
 	inline bool
 }
@@ -108,6 +111,9 @@ func (c *Caches) destination(ctx context.Context, spec ExportSpec, session Sessi
 	}
 	return nil, "", fmt.Errorf("cache export of type %s is not supported", spec.Type)
 }
+
+// Whole has everything exported that the engine knows.
+func (x *Exports) Whole() { x.whole = true }
 
 // Certain says that snap is going to be in the result of the build.
 func (x *Exports) Certain(snap snapshot.Snapshot) {
@@ -186,7 +192,7 @@ func (e *exporting) finish(ctx context.Context, x *Exports, results []snapshot.S
 		err := e.err
 		if err == nil {
 			keys := e.export.Keys()
-			items, used := x.items(ctx, e.spec.Max || failed, results, keys)
+			items, used := x.items(ctx, e.spec.Max || failed || x.whole, results, keys)
 			if len(e.spec.Mounts) > 0 {
 				err = e.mounts(x, env.Progress)
 			}
@@ -267,6 +273,22 @@ func (x *Exports) items(ctx context.Context, all bool, results []snapshot.Snapsh
 		shown, redacted := hide(rec)
 		items = append(items, share.Item{Key: key, Record: shown, Redacted: redacted})
 	}
+	if x.whole {
+		known := map[string]*record.Record{}
+		err := x.caches.deps.Records.Walk(ctx, func(key string, rec *record.Record) error {
+			known[key] = rec
+			return nil
+		})
+		if err != nil {
+			x.caches.deps.Log.Warn("export all records", "error", err)
+		}
+		for _, key := range slices.Sorted(maps.Keys(known)) {
+			if x.there(ctx, known[key]) {
+				add(key, known[key])
+			}
+		}
+		return items, nil
+	}
 	for _, rep := range x.build.Reports() {
 		if rep.ByContent || rep.Recipe == "" {
 			continue
@@ -294,6 +316,18 @@ func (x *Exports) items(ctx context.Context, all bool, results []snapshot.Snapsh
 		}
 	}
 	return items, used
+}
+
+// there reports whether all layers of a record are known.
+func (x *Exports) there(ctx context.Context, rec *record.Record) bool {
+	for _, snap := range rec.Outputs {
+		for _, id := range snap {
+			if _, err := x.caches.deps.Layers.Stat(ctx, id); err != nil {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // Inline puts the records of steps into the config of an image of that root file system, if that is wanted.

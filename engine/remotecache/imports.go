@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -37,6 +38,7 @@ type imported struct {
 	spec   ImportSpec
 	opened chan struct{}
 	im     *share.Import // nil if it could not be opened
+	err    error         // why
 	// warn tells the build about trouble.
 	warn   func(string)
 	failed sync.Once
@@ -79,6 +81,7 @@ next:
 			err := step(i.ctx, "importing cache manifest from "+spec.String(), id, func(env *solver.Env) error {
 				one.warn = env.Progress.Warn
 				err := i.open(one)
+				one.err = err
 				if errors.Is(context.Cause(i.ctx), errNotNeeded) {
 					env.Progress.Log(1, []byte("not needed: the build has found everything here\n"))
 					return nil
@@ -103,14 +106,12 @@ func (i *Imports) open(one *imported) error {
 			return err
 		}
 		opts.Backend, opts.Name = repository, spec.Ref
-		opts.Origin = place{Insecure: spec.Ref}.origin
-		if !spec.Insecure {
-			opts.Origin = func(l share.Layer) string {
-				if l.Chunks != nil {
-					return place{Registry: spec.Ref}.origin(l)
-				}
-				return registry.Origin{Ref: spec.Ref, Desc: *l.Blob}.String()
+		place := registryPlace(spec.Ref, spec.Insecure)
+		opts.Origin = func(l share.Layer) string {
+			if l.Blob == nil || l.Chunks != nil || spec.Insecure {
+				return place.origin(l)
 			}
+			return registry.Origin{Ref: spec.Ref, Desc: *l.Blob}.String()
 		}
 		opts.Used = func(layers []share.Layer) { c.noteSources(spec.Ref, layers) }
 	case TypeLocal:
@@ -202,6 +203,70 @@ func (i *Imports) RestoreMount(ctx context.Context, id, from, dir string) (what 
 		}
 	}
 	return "", false, nil
+}
+
+// Find is Get without the layers: nothing is fetched but the documents, and the record has no outputs.
+func (i *Imports) Find(ctx context.Context, key string) (*record.Record, bool) {
+	for _, one := range i.all(ctx) {
+		if rec, ok := one.im.Find(key); ok {
+			return rec, true
+		}
+	}
+	return nil, false
+}
+
+// Take makes all records of the imports known to the engine, and returns how many they are. An import that could not be opened is an error here.
+func (i *Imports) Take(ctx context.Context) (int, error) {
+	n := 0
+	var items []record.Item
+	put := func() error {
+		err := i.caches.deps.Records.PutBatch(ctx, items)
+		n += len(items)
+		items = nil
+		return err
+	}
+	for _, one := range i.all(ctx) {
+		for _, r := range one.im.Document().Records {
+			rec, ok, err := one.im.Get(ctx, r.Key)
+			if err != nil {
+				return n, fmt.Errorf("import %s: %w", one.spec, err)
+			}
+			if !ok {
+				continue // it does not fit
+			}
+			if items = append(items, record.Item{Record: rec, Keys: []string{r.Key}}); len(items) == 100 {
+				if err := put(); err != nil {
+					return n, err
+				}
+			}
+		}
+	}
+	if err := put(); err != nil {
+		return n, err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, one := range i.list {
+		if one.im == nil {
+			return n, fmt.Errorf("cache %s cannot be imported: %w", one.spec, one.err)
+		}
+	}
+	return n, nil
+}
+
+// all are the imports that could be opened.
+func (i *Imports) all(ctx context.Context) []*imported {
+	i.mu.Lock()
+	list := slices.Clone(i.list)
+	i.mu.Unlock()
+	return slices.DeleteFunc(list, func(one *imported) bool {
+		select {
+		case <-one.opened:
+			return one.im == nil
+		case <-ctx.Done():
+			return true
+		}
+	})
 }
 
 // isDead says that asking any further would only cost time.

@@ -22,14 +22,13 @@ import (
 )
 
 // Where the bytes of an imported layer are is written to disk with the layer, without credentials. Registries are asked with the access of
-// whoever needs the layer, as for layers of images (registry.Origin), but for those that need no certificate: they are places here. A directory of a
-// client can be read while a build goes on that has imported it, by everybody who knows the layer; then it is gone.
+// whoever needs the layer. What layers of images have is a registry.Origin; layers in chunks, and in registries that need no certificate, have a place
+// here. A directory of a client and a bucket can be read while a build goes on that has imported from it, by everybody who knows the layer.
 
 // place is a place that blobs can be read from.
 type place struct {
-	// Registry is a reference, of layers in chunks; Insecure is one of a registry that needs no certificate.
 	Registry string `json:"registry,omitempty"`
-	Insecure string `json:"insecure,omitempty"`
+	Insecure bool   `json:"insecure,omitempty"`
 	// Local is a directory of the client.
 	Local string `json:"local,omitempty"`
 	// Bucket is one of S3, by endpoint, and Prefix what the names in it begin with.
@@ -37,6 +36,8 @@ type place struct {
 	Prefix   string `json:"prefix,omitempty"`
 	Endpoint string `json:"endpoint,omitempty"`
 }
+
+func registryPlace(ref string, insecure bool) place { return place{Registry: ref, Insecure: insecure} }
 
 func bucketPlace(o s3.Options) place {
 	return place{Bucket: o.Bucket, Prefix: o.Prefix, Endpoint: o.EndpointURL}
@@ -106,18 +107,20 @@ func (ps *places) find(p place) []share.Backend {
 
 // ways returns the ways to a place, best first.
 func (c *Caches) ways(ctx context.Context, p place) ([]share.Backend, error) {
-	remote, ref := c.deps.Registry.For(ctx), p.Registry
-	if p.Insecure != "" {
-		remote, ref = c.deps.Registry.Lenient().For(ctx), p.Insecure
-	}
-	if ref != "" {
-		repository, err := share.OpenRepository(remote, ref, c.sources)
-		return []share.Backend{repository}, err
-	}
 	ways := c.open.find(p)
 	switch {
 	case len(ways) > 0:
 		return ways, nil
+	case p.Registry != "":
+		remote := c.deps.Registry
+		if p.Insecure {
+			remote = remote.Lenient()
+		}
+		repository, err := share.OpenRepository(remote.For(ctx), p.Registry, c.sources)
+		if err != nil {
+			return nil, err
+		}
+		return []share.Backend{repository}, nil
 	case p.Bucket != "":
 		return nil, errors.New("no build goes on that has credentials for the bucket that it is in")
 	}
@@ -132,9 +135,6 @@ func (c *Caches) OpenBlob(ctx context.Context, where string) (desc ocispec.Descr
 	}
 	desc = ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}
 	ways, err := c.ways(ctx, o.place)
-	if err != nil {
-		return desc, nil, true, err
-	}
 	for _, way := range ways {
 		if rc, err = way.Open(ctx, desc, 0, -1); err == nil {
 			break
@@ -169,9 +169,6 @@ func (c *Caches) Fetch(ctx context.Context, info layer.Info, where string) (io.R
 func (c *Caches) openChunks(ctx context.Context, o origin, size int64) (rc io.ReadCloser, err error) {
 	ref := chunk.Ref{Manifest: ocispec.Descriptor{MediaType: o.MediaType, Digest: o.Digest, Size: o.Size}}
 	ways, err := c.ways(ctx, o.place)
-	if err != nil {
-		return nil, err
-	}
 	for _, way := range ways {
 		if rc, err = chunk.OpenTar(ctx, way, ref, size); err == nil {
 			break

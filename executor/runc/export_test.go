@@ -4,6 +4,12 @@
 
 package runc
 
+import (
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/seed-68981b69/slipway/executor"
+)
+
 // EngineName is the name of everything on the host that belongs to the executor with that state directory.
 var EngineName = engineName
 
@@ -25,3 +31,6 @@ func RunnerFile(t interface{ Fatal(...any) }, r *Runc) string {
 	}
 	return path
 }
+
+// RuntimeSpec is the runtime spec of a container of r, but for its network namespace and generated files.
+func RuntimeSpec(r *Runc, s executor.Spec) (*specs.Spec, error) { return runtimeSpec(s, r.host) }

@@ -84,6 +84,14 @@ func delegated(parent string) (controllers []string, reason string) {
 	return strings.Fields(string(b)), ""
 }
 
+// NoLimits says why containers cannot be given limits of memory, processors and processes; "" when they can.
+func (r *Runc) NoLimits() string {
+	if r.host.UserNamespace == nil {
+		return ""
+	}
+	return r.host.UserNamespace.NoCgroups
+}
+
 // adapt changes the spec of a container to what the namespace allows. A nil namespace allows everything.
 func (n *userNamespace) adapt(spec *specs.Spec, s executor.Spec) error {
 	if n == nil {
@@ -104,11 +112,21 @@ func (n *userNamespace) adapt(spec *specs.Spec, s executor.Spec) error {
 	if r, ok := spec.Linux.Sysctl["net.ipv4.ping_group_range"]; ok && r != "" {
 		spec.Linux.Sysctl["net.ipv4.ping_group_range"] = fmt.Sprintf("0 %d", min(n.HighestGID, 1<<31-1))
 	}
+	if n.HighestGID < ttyGroup {
+		for i, m := range spec.Mounts {
+			if m.Type == "devpts" {
+				spec.Mounts[i].Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return strings.HasPrefix(o, "gid=") })
+			}
+		}
+	}
 	if s.Network == executor.NetworkHost {
 		showHostSys(spec)
 	}
 	return nil
 }
+
+// ttyGroup owns the terminals of a container, where it exists.
+const ttyGroup = 5
 
 // checkUser refuses a user that does not exist, and leaves groups as they are where they cannot be chosen.
 func (n *userNamespace) checkUser(p *specs.Process) error {

@@ -109,6 +109,9 @@ func lookHelper(name string) string {
 	return ""
 }
 
+// Missing says what an ordinary user cannot have on this machine, and what to install for it; "" when nothing is missing.
+func Missing() string { return planIDs(thisMachine()).note }
+
 // write gives the namespace of a process its IDs.
 func (p idPlan) write(m machine, pid int) error {
 	if p.helpers {

@@ -86,6 +86,30 @@ func contiguous(ids []Range) uint32 {
 	return uint32(min(next-1, math.MaxUint32-1))
 }
 
+// Map returns the IDs of this process's namespace, of users and then of groups, as text.
+func Map() (string, error) {
+	var out []string
+	for _, path := range []string{"/proc/self/uid_map", "/proc/self/gid_map"} {
+		ids, err := readMap(path)
+		if err != nil {
+			return "", err
+		}
+		out = append(out, strings.ReplaceAll(strings.TrimSuffix(mapText(ids), "\n"), "\n", ","))
+	}
+	return strings.Join(out, ";"), nil
+}
+
+// Extends says whether now, a Map, has the IDs of before and more.
+func Extends(now, before string) bool {
+	n, b := strings.Split(now, ";"), strings.Split(before, ";")
+	for i := range b {
+		if i >= len(n) || n[i] != b[i] && !strings.HasPrefix(n[i], b[i]+",") {
+			return false
+		}
+	}
+	return true
+}
+
 // State is what a process that Start has started knows of outside.
 type State struct {
 	// UID is the user's own, MountNamespace the one that it was started in.

@@ -76,12 +76,7 @@ func (m *Maker) estargz(ctx context.Context, id layer.ID, diffID digest.Digest, 
 		level = &usual
 	}
 	buffered := bufio.NewWriterSize(w, 1<<20)
-	z := estargz.NewWriterLevel(buffered, *level)
-	in := verify(canceling{ctx, tar}, diffID)
-	if err := z.AppendTarLossLess(in); err != nil {
-		return "", err
-	}
-	toc, err := z.Close()
+	z, err := writeStargz(ctx, buffered, tar, diffID, *level, 0)
 	if err != nil {
 		return "", err
 	}
@@ -102,7 +97,7 @@ func (m *Maker) estargz(ctx context.Context, id layer.ID, diffID digest.Digest, 
 		return "", err
 	}
 	defer plain.Close()
-	made, err := m.deps.Layers.Unpack(ctx, plain, digest.Digest(z.DiffID()), below)
+	made, err := m.deps.Layers.Unpack(ctx, plain, z.diffID, below)
 	if err != nil {
 		return "", err
 	}
@@ -112,13 +107,13 @@ func (m *Maker) estargz(ctx context.Context, id layer.ID, diffID digest.Digest, 
 	}
 	_ = again.Close()
 	err = m.annotate(desc.Digest, map[string]string{
-		estargz.TOCJSONDigestAnnotation:         toc.String(),
+		estargz.TOCJSONDigestAnnotation:         z.toc.String(),
 		estargz.StoreUncompressedSizeAnnotation: strconv.FormatInt(sizeBytes, 10),
 	})
 	if err != nil {
 		return "", err
 	}
-	return made, m.memo.Put(digest.Digest(z.DiffID()), compress.Gzip, desc)
+	return made, m.memo.Put(z.diffID, compress.Gzip, desc)
 }
 
 func (m *Maker) annotate(blob digest.Digest, annotations map[string]string) error {

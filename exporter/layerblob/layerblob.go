@@ -482,16 +482,3 @@ func (v *verified) judge(got digest.Digest) error {
 	}
 	return nil
 }
-
-// canceling is a reader that ends with a context.
-type canceling struct {
-	ctx context.Context
-	io.Reader
-}
-
-func (c canceling) Read(p []byte) (int, error) {
-	if c.ctx.Err() != nil {
-		return 0, context.Cause(c.ctx)
-	}
-	return c.Reader.Read(p)
-}

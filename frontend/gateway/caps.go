@@ -23,15 +23,11 @@ var (
 		pb.CapSourceHTTPSignatureVerify: "signatures of HTTP sources",
 		pb.CapBuildOpLLBFileName:        "build ops",
 		pb.CapExecMetaNetworkProxy:      "a network proxy for steps",
-		pb.CapRemoteCacheGHA:            "cache import and export",
-		pb.CapRemoteCacheS3:             "cache import and export",
-		pb.CapRemoteCacheAzBlob:         "cache import and export",
+		pb.CapRemoteCacheGHA:            "caches in GitHub Actions",
+		pb.CapRemoteCacheAzBlob:         "caches in Azure",
 		pb.CapSessionExporter:           "session exporters",
 	}
-	missingGateway = map[apicaps.CapID]string{
-		gwpb.CapSourceMetaResolverImageAttestations:   "attestations of an image",
-		gwpb.CapSourceMetaResolverHTTPChecksumRequest: "checksum requests of an HTTP source",
-	}
+	missingGateway = map[apicaps.CapID]string{}
 )
 
 // LLBCaps lists what the solver can do, in the form of the gateway protocol.

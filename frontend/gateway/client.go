@@ -56,6 +56,10 @@ type ImageResolver func(ctx context.Context, env *solver.Env, ref string, platfo
 // being the build's own. It returns the digest and the image config.
 type LayoutResolver func(ctx context.Context, env *solver.Env, ref, session, store string, platform *ocispec.Platform) (digest.Digest, []byte, error)
 
+// AttestationResolver finds the documents by which a policy can judge an image: its index, the attestation manifest of the platform, the
+// signature of that, and the statements of these predicate types.
+type AttestationResolver func(ctx context.Context, env *solver.Env, ref string, platform *ocispec.Platform, mode string, predicates []string) (*sourceresolver.AttestationChain, error)
+
 // Options are what the clients of one build share.
 type Options struct {
 	Build Builder
@@ -63,6 +67,8 @@ type Options struct {
 	View    func(ctx context.Context, s snapshot.Snapshot) (Files, error)
 	Images  ImageResolver
 	Layouts LayoutResolver
+	// Attestations may be nil: then frontends and policies cannot ask for those of images.
+	Attestations AttestationResolver
 	// Sources makes the source of an operation, to be asked what it stands for; nil answers for images only.
 	Sources func(*pb.SourceOp) (solver.Source, error)
 	// Policy is checked for every source of the build; may be nil. Verifier is asked after it; may be nil.
@@ -272,10 +278,6 @@ func (c *Client) resolvePin(ctx context.Context, op *pb.SourceOp, opt sourcereso
 	switch {
 	case c.Sources == nil:
 		return nil, fmt.Errorf("metadata of %s is not available here", op.Identifier)
-	case opt.GitOpt != nil && opt.GitOpt.ReturnObject:
-		return nil, errors.New("not supported yet: objects of a git source (ReturnObject)")
-	case opt.HTTPOpt != nil && opt.HTTPOpt.ChecksumReq != nil:
-		return nil, errors.New("not supported yet: checksum request of an HTTP source (ChecksumRequest)")
 	}
 	source, err := c.Sources(op)
 	if err != nil {
@@ -300,10 +302,16 @@ func (c *Client) resolvePin(ctx context.Context, op *pb.SourceOp, opt sourcereso
 			if d.Commit != d.Object {
 				response.Git.CommitChecksum = d.Commit
 			}
+			if opt.GitOpt != nil && opt.GitOpt.ReturnObject {
+				err = gitObjects(ctx, env, source, response.Git)
+			}
 		default:
 			response.HTTP = &sourceresolver.ResolveHTTPResponse{Digest: d.Digest, Filename: d.Filename, LastModified: d.LastModified}
+			if opt.HTTPOpt != nil && opt.HTTPOpt.ChecksumReq != nil {
+				response.HTTP.ChecksumResponse, err = checksum(ctx, env, source, opt.HTTPOpt.ChecksumReq)
+			}
 		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return nil, err
@@ -314,10 +322,11 @@ func (c *Client) resolvePin(ctx context.Context, op *pb.SourceOp, opt sourcereso
 func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string, opt sourceresolver.Opt) (*sourceresolver.MetaResponse, error) {
 	var platform *ocispec.Platform
 	mode := op.Attrs[pb.AttrImageResolveMode]
-	noConfig := false
+	noConfig, chained := false, false
 	if image := opt.ImageOpt; image != nil {
-		if image.AttestationChain || len(image.ResolveAttestations) > 0 {
-			return nil, errors.New("not supported yet: attestations of an image")
+		chained = image.AttestationChain || len(image.ResolveAttestations) > 0
+		if chained && c.Attestations == nil {
+			return nil, errors.New("attestations of images are not available here")
 		}
 		platform = image.Platform
 		noConfig = image.NoConfig
@@ -325,10 +334,16 @@ func (c *Client) resolveImage(ctx context.Context, op *pb.SourceOp, name string,
 			mode = image.ResolveMode
 		}
 	}
+	var chain *sourceresolver.AttestationChain
 	meta, err := c.resolve(ctx, op, platform, opt.LogName, noConfig, func(env *solver.Env) (digest.Digest, []byte, error) {
-		return c.Images(ctx, env, name, platform, mode)
+		dgst, config, err := c.Images(ctx, env, name, platform, mode)
+		if err == nil && chained {
+			chain, err = c.Attestations(ctx, env, name, platform, mode, opt.ImageOpt.ResolveAttestations)
+		}
+		return dgst, config, err
 	})
 	if err == nil {
+		meta.Image.AttestationChain = chain
 		c.asked.addImage(ResolvedImage{Ref: name, Platform: platform, Digest: meta.Image.Digest})
 	}
 	return meta, err

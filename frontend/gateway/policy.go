@@ -217,16 +217,43 @@ func metaOpt(req *gwpb.ResolveSourceMetaRequest) sourceresolver.Opt {
 func metaResponse(md *sourceresolver.MetaResponse) *gwpb.ResolveSourceMetaResponse {
 	response := &gwpb.ResolveSourceMetaResponse{Source: md.Op}
 	if md.Image != nil {
-		response.Image = &gwpb.ResolveSourceImageResponse{Digest: md.Image.Digest.String(), Config: md.Image.Config}
+		response.Image = &gwpb.ResolveSourceImageResponse{
+			Digest: md.Image.Digest.String(), Config: md.Image.Config, AttestationChain: chainToWire(md.Image.AttestationChain),
+		}
 	}
 	if g := md.Git; g != nil {
-		response.Git = &gwpb.ResolveSourceGitResponse{Checksum: g.Checksum, Ref: g.Ref, CommitChecksum: g.CommitChecksum}
+		response.Git = &gwpb.ResolveSourceGitResponse{Checksum: g.Checksum, Ref: g.Ref, CommitChecksum: g.CommitChecksum, CommitObject: g.CommitObject, TagObject: g.TagObject}
 	}
 	if h := md.HTTP; h != nil {
 		response.HTTP = &gwpb.ResolveSourceHTTPResponse{Checksum: h.Digest.String(), Filename: h.Filename}
 		if h.LastModified != nil {
 			response.HTTP.LastModified = timestamppb.New(*h.LastModified)
 		}
+		if sum := h.ChecksumResponse; sum != nil {
+			response.HTTP.ChecksumResponse = &gwpb.ChecksumResponse{Digest: sum.Digest, Suffix: sum.Suffix}
+		}
 	}
 	return response
+}
+
+func chainToWire(chain *sourceresolver.AttestationChain) *gwpb.AttestationChain {
+	if chain == nil {
+		return nil
+	}
+	out := &gwpb.AttestationChain{
+		Root: chain.Root.String(), ImageManifest: chain.ImageManifest.String(), AttestationManifest: chain.AttestationManifest.String(),
+		Blobs: map[string]*gwpb.Blob{},
+	}
+	for _, d := range chain.SignatureManifests {
+		out.SignatureManifests = append(out.SignatureManifests, d.String())
+	}
+	for d, b := range chain.Blobs {
+		out.Blobs[d.String()] = &gwpb.Blob{
+			Descriptor_: &gwpb.Descriptor{
+				MediaType: b.Descriptor.MediaType, Digest: b.Descriptor.Digest.String(), Size: b.Descriptor.Size, Annotations: b.Descriptor.Annotations,
+			},
+			Data: b.Data,
+		}
+	}
+	return out
 }

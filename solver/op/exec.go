@@ -423,6 +423,7 @@ type step struct {
 	made    []stepOutput
 	undo    []func() error // last first
 	secrets string         // directory of the tmpfs with secrets, "" when there is none
+	ca      *stepCA        // what it trusts besides the authorities of its root; may be nil
 	// sources are the directories on this host behind the bind and cache mounts, by index of the mount.
 	sources map[int]string
 	// mounted are the snapshots behind the root and the bind mounts, by index of the mount.
@@ -479,6 +480,10 @@ func (s *step) spec(ctx context.Context) (executor.Spec, error) {
 	if err != nil {
 		return none, err
 	}
+	if s.ca, err = s.extraCA(ctx, view); err != nil {
+		return none, err
+	}
+	environ = s.ca.environ(environ)
 	spec := executor.Spec{
 		ID:              "step-" + randomID(),
 		ReadonlyRootfs:  rootMount.Readonly,
@@ -625,13 +630,20 @@ func (s *step) mounts(ctx context.Context) (root string, out []executor.Mount, e
 		em.Readonly = em.Readonly || m.Readonly
 		out = append(out, em)
 	}
+	if s.ca != nil {
+		out = append(out, s.ca.mount())
+	}
 	// A mount must not hide one that was made below it.
 	slices.SortStableFunc(out, func(a, b executor.Mount) int { return strings.Compare(a.Target, b.Target) })
 	return root, out, nil
 }
 
 func (s *step) mount(ctx context.Context, in snapshot.Snapshot, writable bool) (*snapshot.Mount, error) {
-	mnt, err := s.op.deps.Snapshots.Mount(ctx, in, snapshot.MountOptions{Writable: writable})
+	return s.mountWith(ctx, in, snapshot.MountOptions{Writable: writable})
+}
+
+func (s *step) mountWith(ctx context.Context, in snapshot.Snapshot, o snapshot.MountOptions) (*snapshot.Mount, error) {
+	mnt, err := s.op.deps.Snapshots.Mount(ctx, in, o)
 	if err != nil {
 		return nil, err
 	}
@@ -641,7 +653,11 @@ func (s *step) mount(ctx context.Context, in snapshot.Snapshot, writable bool) (
 
 // rootMount is writable even when the process sees it read-only, for the mount points.
 func (s *step) rootMount(ctx context.Context, m *pb.Mount) (*snapshot.Mount, error) {
-	mnt, err := s.mount(ctx, s.input(m), true)
+	o := snapshot.MountOptions{Writable: true}
+	if s.ca != nil && s.ca.above != "" {
+		o.Above, o.Finish = s.ca.above, s.ca.takeBack
+	}
+	mnt, err := s.mountWith(ctx, s.input(m), o)
 	if err != nil {
 		return nil, err
 	}

@@ -53,6 +53,8 @@ type Deps struct {
 	DefaultCgroupParent string
 	// Allowed says whether the build that env belongs to may use an entitlement. nil allows none.
 	Allowed func(env *solver.Env, entitlement string) bool
+	// ExtraCA are authorities that steps trust besides those of their images; nil means none.
+	ExtraCA *ExtraCA
 	// BinfmtDir is where the kernel shows its handlers for foreign programs; "" means where it does.
 	BinfmtDir string
 	// KeepFailed keeps what a failed process has left, as cache.Store.KeepFailed does; nil keeps nothing.

@@ -29,6 +29,10 @@ func (d *Deps) tempDir() string {
 // removeStale removes what steps leave in dir when the process is killed: a tmpfs with secrets above all. dir
 // belongs to this process alone.
 func removeStale(dir string) {
+	above, _ := filepath.Glob(filepath.Join(dir, "ca-*"))
+	for _, name := range above { // nothing is ever mounted there
+		os.RemoveAll(name)
+	}
 	for _, pattern := range []string{"secrets-*", "pin-*", "ssh-*", "archive-*", frontendPattern} {
 		names, _ := filepath.Glob(filepath.Join(dir, pattern))
 		for _, name := range names {

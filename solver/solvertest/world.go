@@ -328,7 +328,9 @@ func (l *Layers) Ensure(ctx context.Context, ids ...layer.ID) error {
 }
 
 // Materialise implements solver.Layers: everything is here.
-func (l *Layers) Materialise(ctx context.Context, ids ...layer.ID) error { return l.Ensure(ctx, ids...) }
+func (l *Layers) Materialise(ctx context.Context, ids ...layer.ID) error {
+	return l.Ensure(ctx, ids...)
+}
 
 // Remove deletes every layer that gone says.
 func (l *Layers) Remove(gone func(i int) bool) {

@@ -141,7 +141,7 @@ func RemoveInside() {
 var Applets = []string{
 	"sh", "cat", "echo", "true", "false", "env", "id", "pwd", "ls", "sleep", "kill", "nc", "wget", "mkdir", "rm",
 	"touch", "mount", "hostname", "stty", "ps", "ip", "httpd", "dd", "stat", "chmod", "chown", "find", "sync", "head",
-	"tail", "test", "seq", "setsid", "nohup", "nslookup", "ulimit", "ln", "grep", "wc", "trap", "su", "mknod",
+	"tail", "test", "seq", "setsid", "nohup", "nslookup", "ulimit", "ln", "grep", "wc", "trap", "su", "mknod", "sed", "cp", "mv",
 }
 
 // Rootfs makes a root file system in a new directory: /bin with a static busybox, and nothing else. It skips the test

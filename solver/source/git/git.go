@@ -295,29 +295,74 @@ func (s *source) Run(ctx context.Context, env *solver.Env, _ []snapshot.Snapshot
 	return []snapshot.Snapshot{{id}}, nil
 }
 
-func (s *source) checkout(ctx context.Context, env *solver.Env, p pinned) (layer.ID, error) {
-	git, release, err := s.command(ctx, env)
+// fetched brings the commit into the bare repository, which is the caller's until release.
+func (s *source) fetched(ctx context.Context, env *solver.Env, p pinned) (git *gitutil.GitCLI, bare string, release func(), err error) {
+	git, end, err := s.command(ctx, env)
 	if err != nil {
-		return "", err
+		return nil, "", nil, err
 	}
-	defer release()
 	bare, unlock, err := s.repos.lock(s.remote)
 	if err != nil {
-		return "", err
+		end()
+		return nil, "", nil, err
 	}
-	defer unlock()
+	release = func() {
+		unlock()
+		end()
+	}
 	_, statErr := os.Stat(bare)
 	err = s.fetch(ctx, git, bare, p)
 	if err != nil && statErr == nil && ctx.Err() == nil {
 		// What a killed fetch leaves (lock files, half of a pack) is not worth mending.
-		if err := os.RemoveAll(bare); err != nil {
-			return "", err
+		if err = os.RemoveAll(bare); err == nil {
+			err = s.fetch(ctx, git, bare, p)
 		}
-		err = s.fetch(ctx, git, bare, p)
 	}
+	if err != nil {
+		release()
+		return nil, "", nil, err
+	}
+	return git, bare, release, nil
+}
+
+// PinObjects implements solver.PinObjectReader: the objects are fetched, and are there for the checkout.
+func (s *source) PinObjects(ctx context.Context, env *solver.Env) (solver.GitObjects, error) {
+	p, err := s.resolve(ctx, env)
+	if err != nil {
+		return solver.GitObjects{}, fmt.Errorf("git %s: %w", redact(s.remote), err)
+	}
+	git, bare, release, err := s.fetched(ctx, env, p)
+	if err != nil {
+		return solver.GitObjects{}, fmt.Errorf("git %s: %w", redact(s.remote), err)
+	}
+	defer release()
+	git = git.New(gitutil.WithGitDir(bare))
+	read := func(args ...string) []byte {
+		if err != nil {
+			return nil
+		}
+		var out []byte
+		if out, err = git.Run(ctx, args...); err != nil {
+			err = fmt.Errorf("git %s: read object %s: %w", redact(s.remote), p.object, err)
+		}
+		return out
+	}
+	var o solver.GitObjects
+	// What was asked for by ID may be a tag too.
+	o.CommitID = strings.TrimSpace(string(read("rev-parse", "--verify", p.object+"^{commit}")))
+	if o.CommitID != p.object {
+		o.Tag = read("cat-file", "tag", p.object)
+	}
+	o.Commit = read("cat-file", "commit", o.CommitID)
+	return o, err
+}
+
+func (s *source) checkout(ctx context.Context, env *solver.Env, p pinned) (layer.ID, error) {
+	git, bare, release, err := s.fetched(ctx, env, p)
 	if err != nil {
 		return "", err
 	}
+	defer release()
 
 	dir, err := s.layers.NewUpper(ctx)
 	if err != nil {
@@ -533,7 +578,7 @@ func (s *source) command(ctx context.Context, env *solver.Env) (git *gitutil.Git
 	}
 	opts := []gitutil.Option{gitutil.WithExec(runWith(vars...)), gitutil.WithGitAdvice(false)}
 	if s.knownHosts != "" {
-		file, err := os.CreateTemp("", "slipway-known-hosts-")
+		file, err := s.repos.temp(knownHostsPrefix)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -646,6 +691,7 @@ func redactUser(remote string) string {
 	return u.String()
 }
 
+// lock takes the repository of a remote, until unlock.
 func (r *Repositories) lock(remote string) (dir string, unlock func(), err error) {
 	if err := os.MkdirAll(r.dir, 0o700); err != nil {
 		return "", nil, err

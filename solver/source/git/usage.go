@@ -26,9 +26,24 @@ var _ cache.Source = (*Repositories)(nil)
 // remoteFile in a bare repository names its remote, without user and password, and its time is that of the last use.
 const remoteFile = "slipway-remote"
 
-// NewRepositories keeps repositories in dir, which is made when it is needed.
+// knownHostsPrefix begins the names of files that a git command reads while it runs.
+const knownHostsPrefix = "known-hosts-"
+
+// NewRepositories keeps repositories in dir, which is made when it is needed. Files that a process that was killed has left there are removed.
 func NewRepositories(dir string) *Repositories {
+	left, _ := filepath.Glob(filepath.Join(dir, knownHostsPrefix+"*"))
+	for _, file := range left {
+		_ = os.Remove(file) // it is tried again the next time
+	}
 	return &Repositories{dir: dir, locks: map[string]*sync.Mutex{}}
+}
+
+// temp makes a file beside the repositories, for its owner alone.
+func (r *Repositories) temp(prefix string) (*os.File, error) {
+	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+		return nil, err
+	}
+	return os.CreateTemp(r.dir, prefix)
 }
 
 // of returns the lock of a directory.

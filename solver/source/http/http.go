@@ -267,6 +267,25 @@ func (s *source) DescribePin(ctx context.Context, env *solver.Env) (solver.PinDe
 	return d, nil
 }
 
+// PinDigest implements solver.PinHasher.
+func (s *source) PinDigest(ctx context.Context, env *solver.Env, algorithm digest.Algorithm, suffix []byte) (digest.Digest, error) {
+	r, err := s.current(ctx, env)
+	if err != nil {
+		return "", err
+	}
+	b, err := s.deps.Blobs.Open(r.Digest)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", s.url.Redacted(), err)
+	}
+	defer b.Close()
+	digester := algorithm.Digester()
+	if _, err := io.Copy(digester.Hash(), io.NewSectionReader(b, 0, b.Size())); err != nil {
+		return "", fmt.Errorf("hash %s: %w", s.url.Redacted(), err)
+	}
+	digester.Hash().Write(suffix)
+	return digester.Digest(), nil
+}
+
 // forRun gets the bytes: those that were there before when they have the checksum, else from the server. When the
 // pin has gone into a key already, it must still be right.
 func (s *source) forRun(ctx context.Context, env *solver.Env) (*resource, error) {

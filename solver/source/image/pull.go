@@ -106,8 +106,9 @@ func (p *Puller) layers(ctx context.Context, from Origin, f *found, limit int, l
 			return nil, err
 		}
 	}
-	_, fromRegistry := from.(*registry.Registry)
-	p.note(f, layers, fromRegistry)
+	if _, ok := from.(*registry.Registry); ok {
+		p.note(f, layers)
+	}
 	return snap, nil
 }
 
@@ -202,21 +203,11 @@ func (p *Puller) noteBlob(diffID digest.Digest, desc ocispec.Descriptor) error {
 	return p.memo.Put(diffID, kind, desc)
 }
 
-// note remembers which blobs the layers that are here came as, and which registry all of them came from, so that they need not be sent
-// there.
-func (p *Puller) note(f *found, layers []wanted, fromRegistry bool) {
-	var blobs []digest.Digest
-	for _, w := range layers {
-		blobs = append(blobs, w.desc.Digest)
-		if !p.deps.Blobs.Has(w.desc.Digest) {
-			continue
-		}
-		if err := p.noteBlob(w.diffID, w.desc); err != nil {
-			slog.Warn("note compressed layer", "image", f.name, "layer", w.desc.Digest, "error", err)
-		}
-	}
-	if !fromRegistry {
-		return
+// note remembers which registry the layers come from, so that they need not be sent there.
+func (p *Puller) note(f *found, layers []wanted) {
+	blobs := make([]digest.Digest, len(layers))
+	for i, w := range layers {
+		blobs[i] = w.desc.Digest
 	}
 	if err := p.sources.Add(f.name, blobs...); err != nil {
 		slog.Warn("note where layers come from", "image", f.name, "error", err)

@@ -177,7 +177,7 @@ func lookFDs(s *seen.Seen) {
 	for _, e := range entries {
 		n, err := strconv.Atoi(e.Name())
 		link, linkErr := os.Readlink("/proc/self/fd/" + e.Name())
-		if err != nil || linkErr != nil || strings.HasPrefix(link, "anon_inode:[event") || strings.Contains(link, "/proc/") { // the Go runtime's, and this list
+		if err != nil || linkErr != nil || strings.HasPrefix(link, "anon_inode:[event") || strings.Contains(link, "/proc/") || strings.HasPrefix(link, "/sys/fs/cgroup/") { // the Go runtime's, and this list
 			continue
 		}
 		s.FDs[n] = link

@@ -4,12 +4,14 @@
 
 // Command inside is what tests run inside containers (and, to see that an attack is one, outside of them). "inside look"
 // prints what a process can learn about its container, as JSON; "inside attack NAME" tries to get out of it and prints a
-// line for each thing that it tried: "refused …" or "DONE …". It does nothing that would harm a machine on which it succeeds.
+// line for each thing that it tried: "refused …" or "DONE …". "inside get URL" fetches a page. It does nothing that would harm a machine on which it succeeds.
 package main
 
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 )
 
@@ -27,6 +29,15 @@ func run(args []string) error {
 			return err
 		}
 		return json.NewEncoder(os.Stdout).Encode(seen)
+	}
+	if len(args) == 2 && args[0] == "get" {
+		resp, err := http.Get(args[1])
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(os.Stdout, resp.Body)
+		return err
 	}
 	if len(args) >= 2 && args[0] == "attack" {
 		attack := attacks[args[1]]
