@@ -272,8 +272,8 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("the empty definition is scratch: %v, %v", res, err)
 	}
 	caps := c.BuildOpts().Caps
-	if caps.Supports(gwpb.CapSourceMetaResolverImageAttestations) == nil {
-		t.Error("attestations of images are announced")
+	if err := caps.Supports(gwpb.CapImportCaches); err != nil {
+		t.Errorf("cache imports are not announced: %v", err)
 	}
 	if err := caps.Supports(gwpb.CapReadFile); err != nil {
 		t.Errorf("ReadFile is not announced: %v", err)
