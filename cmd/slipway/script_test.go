@@ -28,8 +28,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
-	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
 	"github.com/seed-68981b69/slipway/cache/share/s3/s3test"
+	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
 	"github.com/seed-68981b69/slipway/executor/runc/runctest"
 	"github.com/seed-68981b69/slipway/executor/userns"
 )
