@@ -10,7 +10,7 @@ GOFUMPT   := mvdan.cc/gofumpt@v0.12.0
 
 # What the build needs, what the tests need besides, and what the demo needs besides, from Debian.
 BUILD_PACKAGES := libseccomp-dev pkg-config gcc libc6-dev ca-certificates
-TEST_PACKAGES  := busybox-static skopeo umoci buildah mmdebstrap nftables iproute2
+TEST_PACKAGES  := busybox-static skopeo umoci buildah mmdebstrap nftables iproute2 uidmap
 BENCH_PACKAGES := busybox-static buildah runc
 DEMO_PACKAGES  := busybox-static mmdebstrap curl
 

@@ -30,6 +30,8 @@ type bench struct {
 	goLayout string // the base image of the Go service, once it is made
 	mixed    string // the directory of mixed content, once it is made
 	changes  int    // of the mixed content so far
+	registry string // host of the registry of the scenario that is measured now
+	pulled   *servedImage
 	dir      string // input of the scenario that is measured now
 	states   int    // state directories made so far
 }

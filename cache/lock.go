@@ -46,6 +46,9 @@ func lock(dir string) (*os.File, error) {
 		b, _ := io.ReadAll(io.LimitReader(f, 32))
 		f.Close()
 		pid, _ := strconv.Atoi(strings.TrimSpace(string(b))) // 0 when its owner is just about to write it
+		if pid == 1 {
+			pid = 0 // the number that its owner has in a PID namespace of its own: an ordinary user's engine
+		}
 		return nil, &LockedError{Dir: dir, Pid: pid}
 	}
 	if err == nil {

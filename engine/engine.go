@@ -40,6 +40,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/history"
 	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/executor"
+	"github.com/seed-68981b69/slipway/executor/cdi"
 	"github.com/seed-68981b69/slipway/executor/network"
 	"github.com/seed-68981b69/slipway/executor/runc"
 	"github.com/seed-68981b69/slipway/executor/userns"
@@ -119,6 +120,8 @@ type Options struct {
 	ExtraCA []string
 	// CgroupParent is the cgroup of steps that name none, relative to the engine's.
 	CgroupParent string
+	// Devices are the host's CDI devices; nil lets no step have any.
+	Devices *cdi.Devices
 	// Labels are shown to clients besides our own, and Platforms instead of what is found.
 	Labels    map[string]string
 	Platforms []ocispec.Platform
@@ -200,9 +203,13 @@ func Open(ctx context.Context, opts Options) (_ *Engine, err error) {
 	if userns.Inside() {
 		runDir = e.path("executor", "run") // where /run is, if it is there, belongs to root of the host
 	}
-	if e.executor, err = runc.New(runc.Options{
+	runcOptions := runc.Options{
 		StateDir: e.path("executor"), RunDir: runDir, Network: e.network, NetworkError: e.networkErr, DNS: opts.DNS, Log: e.log,
-	}); err != nil {
+	}
+	if opts.Devices != nil {
+		runcOptions.Devices = opts.Devices // not a typed nil
+	}
+	if e.executor, err = runc.New(runcOptions); err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
 	e.syncer = newSyncer(e.store.Sync, e.log)
@@ -300,6 +307,9 @@ func (e *Engine) openAPIs(opts Options) error {
 		// Definitions are checked when they are loaded, with what their own client allows.
 		Allowed: func(*solver.Env, string) bool { return true },
 	}
+	if opts.Devices != nil {
+		opDeps.Devices = opts.Devices // not a typed nil
+	}
 	newOp := op.New(opDeps)
 
 	e.built = &built{
@@ -370,7 +380,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		FailedResult:          st.FailedResult,
 		Policies:              policies,
 
-		Entitlements: opts.Entitlements, OwnerEntitled: opts.OwnerEntitled,
+		Entitlements: opts.Entitlements, OwnerEntitled: opts.OwnerEntitled, Devices: opts.Devices,
 		Platforms: opts.Platforms, Frontends: opts.Frontends, AuthTimeout: opts.SessionAuthTimeout, Traces: opts.Traces,
 		Dir:      e.path("contexts"),
 		WorkerID: id,
@@ -407,8 +417,12 @@ func (e *Engine) openAPIs(opts Options) error {
 		NoLimits: e.executor.NoLimits() != "",
 		Info: func() [][2]string {
 			return [][2]string{
-				{"Root Dir", e.root}, {"Layers", e.layers()}, {"Snapshots", e.snapshots()},
-				{"User", e.user()}, {"Network", e.networkKind()}, {"Limits", e.limits()},
+				{"Root Dir", e.root},
+				{"Layers", e.layers()},
+				{"Snapshots", e.snapshots()},
+				{"User", e.user()},
+				{"Network", e.networkKind()},
+				{"Limits", e.limits()},
 				// By this docker's clients know that OCI archives can be loaded, with several platforms and attestations.
 				{"driver-type", "io.containerd.snapshotter.v1"},
 			}

@@ -37,13 +37,19 @@ type Spec struct {
 	Hostname   string
 	ExtraHosts []HostEntry
 	Network    NetworkMode
+	// Nameservers, DNSSearch and DNSOptions take the place of what the host has of each in /etc/resolv.conf.
+	Nameservers, DNSSearch, DNSOptions []string
 	// Ports are published from the host; only with NetworkBridge.
 	Ports []Port
 
 	// Privileged lifts seccomp, capabilities, masked paths and the device filter.
 	Privileged bool
+	// Devices are CDI devices of the host by their full names, which bring nodes, mounts and variables of their own.
+	Devices []string
 	// CapAdd and CapDrop change the default capability set ("CAP_…" or "ALL").
 	CapAdd, CapDrop []string
+	// SeccompUnconfined lifts seccomp alone.
+	SeccompUnconfined bool
 	// NoNewPrivileges is set for build steps by whoever wants it; docker's default for containers is false.
 	NoNewPrivileges bool
 	Ulimits         []Ulimit
@@ -91,7 +97,10 @@ type User struct {
 	AdditionalGroups []uint32
 }
 
-// HostEntry is one line of /etc/hosts.
+// HostGateway is the address of a HostEntry that stands for the host itself, as in docker's --add-host.
+const HostGateway = "host-gateway"
+
+// HostEntry is one line of /etc/hosts. IP is an address or HostGateway.
 type HostEntry struct{ Host, IP string }
 
 // NetworkMode says which network a container sees.

@@ -202,8 +202,9 @@ func apiHost(host string) string {
 // known says whether anybody has credentials for host. A client that fetches tokens itself is not asked for its password.
 func (r *Registry) known(ctx context.Context, host string) bool {
 	if r.tokens != nil {
-		if has, err := r.tokens.HasTokens(ctx, host); err == nil && has {
-			return true
+		// Who cannot say whether there are tokens is not asked for the password either.
+		if has, err := r.tokens.HasTokens(ctx, host); err != nil || has {
+			return has
 		}
 	}
 	user, secret, _ := r.lookup(ctx, host)

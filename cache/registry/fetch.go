@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"time"
 
+	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -25,6 +27,60 @@ type download struct {
 	read  int64
 	idle  int // failures in a row without a byte in between
 	err   error
+
+	start  int64         // where reading began
+	waited time.Duration // for bytes, in Read
+	judged bool          // it has been decided whether to go on by ranges
+	ranged bool          // it goes on so, and holds one of the slots for that
+}
+
+// openBy opens the blob at the position of d.
+func (d *download) openBy(resolver remotes.Resolver) (io.ReadCloser, error) {
+	fetcher, err := resolver.Fetcher(d.ctx, d.named.String())
+	if err != nil {
+		return nil, d.r.explain(d.ctx, "pull", d.named, err)
+	}
+	rc, err := fetcher.Fetch(d.ctx, d.desc)
+	if err != nil {
+		return nil, d.r.explain(d.ctx, "pull", d.named, err)
+	}
+	if d.read == 0 {
+		return rc, nil
+	}
+	seeker, ok := rc.(io.Seeker)
+	if !ok {
+		rc.Close()
+		return nil, fmt.Errorf("fetch %s from %s: it can only be read from its beginning", d.desc.Digest, d.named)
+	}
+	if _, err := seeker.Seek(d.read, io.SeekStart); err != nil {
+		rc.Close()
+		return nil, d.r.explain(d.ctx, "pull", d.named, err)
+	}
+	return rc, nil
+}
+
+// judge decides, after the first part, whether the rest comes by several ranges at once.
+func (d *download) judge() {
+	part := d.r.opts.RangeSize
+	if d.judged || d.read-d.start < part {
+		return
+	}
+	d.judged = true
+	if d.r.ranges == nil || d.desc.Size-d.read < (largeBlob-1)*part || float64(d.read-d.start) > slowRate*d.waited.Seconds() {
+		return
+	}
+	select {
+	case ranged <- struct{}{}:
+	default:
+		return
+	}
+	rc, err := d.openBy(d.r.ranges)
+	if err != nil {
+		<-ranged
+		return // the connection that there is is good enough
+	}
+	_ = d.rc.Close()
+	d.rc, d.ranged = rc, true
 }
 
 func (d *download) Read(p []byte) (int, error) {
@@ -40,7 +96,10 @@ func (d *download) Read(p []byte) (int, error) {
 
 func (d *download) next(p []byte) (int, error) {
 	for {
+		d.judge()
+		began := time.Now()
 		n, err := d.rc.Read(p)
+		d.waited += time.Since(began)
 		if n > 0 {
 			d.idle = 0
 			if d.hash != nil {
@@ -108,5 +167,10 @@ func (d *download) Close() error {
 	if d.err == nil {
 		d.err = errors.New("read of a closed download")
 	}
-	return d.rc.Close()
+	err := d.rc.Close()
+	if d.ranged {
+		d.ranged = false
+		<-ranged
+	}
+	return err
 }

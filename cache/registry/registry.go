@@ -19,6 +19,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/core/transfer"
 	"github.com/containerd/log"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -50,6 +51,9 @@ type Options struct {
 	MaxConnsPerHost int
 	// Tries is how often a request is made at most; 0 means 3.
 	Tries int
+	// RangeSize is the size, in bytes, of the parts in which large blobs are fetched, several at once, where that helps; 0 means
+	// 16 MB. Blobs of eight parts or more are large.
+	RangeSize int64
 	// Wait pauses between tries; nil waits on the clock. Tests set it.
 	Wait func(ctx context.Context, d time.Duration) error
 }
@@ -61,6 +65,8 @@ type Registry struct {
 	creds   Credentials
 	tokens  TokenSource // may be nil
 	resolve remotes.Resolver
+	// ranges is resolve for large blobs; nil if the library has lost the ability.
+	ranges remotes.Resolver
 
 	mu          sync.Mutex // guards authorizers
 	authorizers map[string]docker.Authorizer
@@ -77,8 +83,23 @@ func New(opts Options) *Registry {
 	if opts.CertDirs == nil {
 		opts.CertDirs = []string{"/etc/docker/certs.d", "/etc/containerd/certs.d"}
 	}
+	if opts.RangeSize <= 0 {
+		opts.RangeSize = 16 << 20
+	}
 	return build(opts, newHosts(opts), opts.Credentials)
 }
+
+// Large blobs are fetched by several range requests at once if the first part comes slowly: one connection to a registry's storage
+// often gets only a part of the bandwidth that there is. Elsewhere it would cost more connections for nothing. What comes early is
+// kept in memory, so that there is a bound: maxRanged blobs in the process, rangesAtOnce parts of each.
+const (
+	largeBlob    = 8 // parts
+	rangesAtOnce = 3
+	maxRanged    = 1
+	slowRate     = 40e6 // bytes a second
+)
+
+var ranged = make(chan struct{}, maxRanged)
 
 // With returns a Registry that asks creds first, before the credentials that r knows. It shares the connections
 // of r but none of its tokens. A build makes one for the credentials of its client.
@@ -108,10 +129,18 @@ func (r *Registry) Lenient() *Registry {
 
 func build(opts Options, h *hosts, creds Credentials) *Registry {
 	r := &Registry{opts: opts, hosts: h, creds: creds, authorizers: map[string]docker.Authorizer{}}
-	r.resolve = docker.NewResolver(docker.ResolverOptions{
+	resolver := docker.ResolverOptions{
 		Headers: http.Header{"User-Agent": {userAgent}},
 		Hosts:   r.endpoints,
-	})
+	}
+	r.resolve = docker.NewResolver(resolver)
+	ranges := docker.NewResolver(resolver)
+	if o, ok := ranges.(interface {
+		SetOptions(...transfer.ImageResolverOption)
+	}); ok {
+		o.SetOptions(transfer.WithMaxConcurrentDownloads(rangesAtOnce), transfer.WithConcurrentLayerFetchBuffer(int(opts.RangeSize)))
+		r.ranges = ranges
+	}
 	return r
 }
 
@@ -167,28 +196,11 @@ func (r *Registry) open(ctx context.Context, ref string, desc ocispec.Descriptor
 		return nil, fmt.Errorf("fetch %q from %s: %w", desc.Digest, named, err)
 	}
 	ctx = r.context(ctx)
-	fetcher, err := r.resolve.Fetcher(ctx, named.String())
-	if err != nil {
-		return nil, r.explain(ctx, "pull", named, err)
-	}
 	// URLs are for "foreign" layers and come from whoever wrote the manifest; only the registry is asked.
 	desc.URLs = nil
-	rc, err := fetcher.Fetch(ctx, desc)
-	if err != nil {
-		return nil, r.explain(ctx, "pull", named, err)
-	}
-	d := &download{ctx: ctx, r: r, named: named, desc: desc, rc: rc, read: offset}
-	if offset == 0 {
-		return d, nil
-	}
-	seeker, ok := rc.(io.Seeker)
-	if !ok {
-		rc.Close()
-		return nil, fmt.Errorf("fetch %s from %s: it can only be read from its beginning", desc.Digest, named)
-	}
-	if _, err := seeker.Seek(offset, io.SeekStart); err != nil {
-		rc.Close()
-		return nil, r.explain(ctx, "pull", named, err)
+	d := &download{ctx: ctx, r: r, named: named, desc: desc, read: offset, start: offset}
+	if d.rc, err = d.openBy(r.resolve); err != nil {
+		return nil, err
 	}
 	return d, nil
 }

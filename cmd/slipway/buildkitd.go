@@ -185,10 +185,14 @@ func buildkitdFlags() []buildkitdFlag {
 		}},
 		{name: "proxy-network", kind: boolFlag, usage: "enable proxy network enforcement for all builds", key: "proxyNetwork"},
 		{name: "otel-socket-path", usage: "OTEL collector trace socket path", key: "otel.socketPath", set: text(func(c *config.Config) *string { return &c.OTEL.SocketPath })},
-		{name: "cdi-disabled", kind: boolFlag, usage: "disables support of the Container Device Interface (CDI)", key: "cdi.disabled", set: func(*config.Config, flagValue) error {
-			return nil // there are no CDI devices in any case
+		{name: "cdi-disabled", kind: boolFlag, usage: "disables support of the Container Device Interface (CDI)", key: "cdi.disabled", set: func(c *config.Config, v flagValue) error {
+			c.CDI.Disabled = &v.yes
+			return nil
 		}},
-		{name: "cdi-spec-dir", kind: listFlag, usage: "list of directories to scan for CDI spec files", key: "cdi.specDirs"},
+		{name: "cdi-spec-dir", kind: listFlag, usage: "list of directories to scan for CDI spec files", key: "cdi.specDirs", set: func(c *config.Config, v flagValue) error {
+			c.CDI.SpecDirs = v.list
+			return nil
+		}},
 		{name: "save-cache-debug", kind: boolFlag, usage: "enable saving cache debug info"},
 		{name: "rootless", kind: boolFlag, usage: "set all the default options to be compatible with rootless containers", key: "worker.oci.rootless", set: setRootless},
 
@@ -421,8 +425,9 @@ func (a *app) serveBuildkitd(ctx context.Context, conf *config.Config) error {
 		gid := os.Getegid()
 		conf.GRPC.GID = &gid
 	}
-	// buildkitd lets every client have devices, unless CDI is switched off; there are none.
-	options.Entitlements = append(options.Entitlements, "device")
+	if options.Devices != nil {
+		options.Entitlements = append(options.Entitlements, "device") // buildkitd lets every client ask for them
+	}
 	options.Log = io.Writer(a.err)
 	return a.serve(ctx, conf, options, 0, true)
 }

@@ -38,9 +38,10 @@ type app struct {
 	jobs      int
 	maxMemory memorySize
 	// extraCA are PEM files with authorities for steps, for the engine that this process opens.
-	extraCA []string
-	tls     tlsFiles
-	config  string // the configuration file of an engine that is opened here; "" is one of the usual places
+	extraCA   []string
+	tls       tlsFiles
+	impatient bool   // a daemon does not wait until its state directory is free
+	config    string // the configuration file of an engine that is opened here; "" is one of the usual places
 
 	program string // the name in front of messages
 

@@ -45,6 +45,8 @@ func newDaemonCommand(a *app) *cobra.Command {
 	f.StringVar(&d.otelSocket, "otel-socket-path", "", "collect OpenTelemetry traces at this socket")
 	f.StringArrayVar(&d.entitlements, "allow-insecure-entitlement", nil, "let any client ask for network.host, security.insecure or device; may be repeated")
 	f.DurationVar(&d.idle, "idle-timeout", 0, "stop after this long without connections, builds and containers (0: never)")
+	f.BoolVar(&a.impatient, "impatient", false, "fail at once when the state directory is in use")
+	_ = f.MarkHidden("impatient")
 	f.IntVar(&a.jobs, "jobs", 0, "run so many build steps at once, all builds together [$SLIPWAY_JOBS]\n(default: the number of processors, or what a build asks for)")
 	f.Var(&a.maxMemory, "max-memory", "memory for the build steps that run at once, like 512m or 2g [$SLIPWAY_MAX_MEMORY]\n(default: 80% of the machine's)")
 	f.StringArrayVar(&a.extraCA, "extra-ca", nil, "PEM file with certificate authorities that build steps trust besides those of their images, and that are in no\nlayer; may be repeated [$SLIPWAY_EXTRA_CA, with colons between]")
@@ -140,7 +142,7 @@ func (a *app) serve(ctx context.Context, conf *config.Config, options engine.Opt
 		return err
 	}
 	options.Traces = exporter
-	e, err := openEngine(ctx, options)
+	e, err := openEngine(ctx, options, a.impatient)
 	if err != nil {
 		return err
 	}
@@ -193,8 +195,11 @@ func (a *app) serveEngine(ctx context.Context, e *engine.Engine, conf *config.Co
 }
 
 // openEngine waits a little for an engine that is just ending: a command may find its socket gone and its store still open.
-func openEngine(ctx context.Context, options engine.Options) (*engine.Engine, error) {
+func openEngine(ctx context.Context, options engine.Options, impatient bool) (*engine.Engine, error) {
 	deadline := time.Now().Add(10 * time.Second)
+	if impatient {
+		deadline = time.Now()
+	}
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		e, err := engine.Open(ctx, options)
 		if err == nil || !errors.Is(err, cache.ErrLocked) || time.Now().After(deadline) {

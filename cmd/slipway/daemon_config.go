@@ -15,6 +15,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/config"
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/executor"
+	"github.com/seed-68981b69/slipway/executor/cdi"
 	"github.com/seed-68981b69/slipway/executor/network"
 	"github.com/seed-68981b69/slipway/executor/userns"
 )
@@ -87,6 +88,9 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 	if d := conf.DNS; d != nil {
 		options.DNS = &network.DNS{Nameservers: d.Nameservers, SearchDomains: d.SearchDomains, Options: d.Options}
 	}
+	if !on(conf.CDI.Disabled) {
+		options.Devices = cdi.New(conf.CDI.SpecDirs, conf.CDI.AutoAllowed)
+	}
 	provenanceDir := conf.ProvenanceEnvDir
 	if provenanceDir == "" {
 		provenanceDir = filepath.Join("/etc", "buildkit", "provenance.d")
@@ -109,5 +113,7 @@ func engineOptions(conf *config.Config) (engine.Options, error) {
 	}
 	return options, nil
 }
+
+func on(enabled *bool) bool { return enabled != nil && *enabled }
 
 func off(enabled *bool) bool { return enabled != nil && !*enabled }

@@ -3,28 +3,36 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+	"github.com/moby/buildkit/frontend/dockerfile/parser"
+
+	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
 const epochArg = "build-arg:SOURCE_DATE_EPOCH"
 
 // addEpoch completes SOURCE_DATE_EPOCH among the frontend's attributes: as other clients do it takes it from the environment, and
-// "context" for a directory that is a clean git tree is the time of its commit. Any other "context" is for the frontend to
-// resolve, which can do so for git and http contexts.
+// "context", there or as the default of the Dockerfile's own ARG, is the time of the commit for a directory that is a clean git tree. Any
+// other "context" is for the frontend to resolve, which can do so for git and http contexts.
 func addEpoch(ctx context.Context, attrs map[string]string, dir string, warnings io.Writer) error {
 	value, ok := attrs[epochArg]
 	if !ok {
-		if value = os.Getenv("SOURCE_DATE_EPOCH"); value == "" {
-			return nil
+		if value = os.Getenv("SOURCE_DATE_EPOCH"); value != "" {
+			attrs[epochArg] = value
+		} else if value = dockerfileEpoch(attrs); value != "context" {
+			return nil // the frontend sees it too
 		}
-		attrs[epochArg] = value
 	}
 	if value != "context" || dir == "-" || attrs["context"] != "" {
 		return nil
@@ -36,6 +44,43 @@ func addEpoch(ctx context.Context, attrs map[string]string, dir string, warnings
 	}
 	attrs[epochArg] = strconv.FormatInt(seconds, 10)
 	return nil
+}
+
+// dockerfileEpoch is the default of the Dockerfile's global ARG SOURCE_DATE_EPOCH; "" if it has none, or is not here. What is wrong with a
+// Dockerfile the frontend says.
+func dockerfileEpoch(attrs map[string]string) (value string) {
+	dir, name := attrs[buildkitapi.LocalDirAttr+"dockerfile"], attrs["filename"]
+	if dir == "" {
+		return ""
+	}
+	if name == "" {
+		name = "Dockerfile"
+	}
+	f, err := os.Open(filepath.Join(dir, name))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxDockerfile))
+	if err != nil || !bytes.Contains(text, []byte("SOURCE_DATE_EPOCH")) {
+		return ""
+	}
+	parsed, err := parser.Parse(bytes.NewReader(text))
+	if err != nil {
+		return ""
+	}
+	_, global, err := instructions.Parse(parsed.AST, nil)
+	if err != nil {
+		return ""
+	}
+	for _, arg := range global {
+		for _, one := range arg.Args {
+			if one.Key == "SOURCE_DATE_EPOCH" && one.Value != nil {
+				value = strings.Trim(*one.Value, `"'`)
+			}
+		}
+	}
+	return value
 }
 
 // commitTime is when the commit was made whose tree dir shows, in seconds since 1970.

@@ -103,7 +103,7 @@ func (a *app) startStandalone(ctx context.Context) (net.Conn, dialFunc, error) {
 		return nil, nil, fmt.Errorf("start the engine: %w", err)
 	}
 	socket := filepath.Join(dir, "slipway.sock")
-	args := a.daemonArgs(socket, "0")
+	args := append(a.daemonArgs(socket, "0"), "--impatient")
 	if a.jobs > 0 {
 		args = append(args, "--jobs", strconv.Itoa(a.jobs))
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/docker/cli/opts"
 	"github.com/docker/go-connections/nat"
+	"github.com/docker/go-units"
 	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
@@ -36,7 +37,7 @@ type runOptions struct {
 
 	name, workdir, user, entrypoint, network, hostname, pull, platform, stopSignal, cgroupParent string
 
-	env, envFiles, labels, volumes, ports, expose, addHosts, tmpfs, capAdd, capDrop, securityOpt, groupAdd []string
+	env, envFiles, labels, volumes, ports, expose, addHosts, dns, dnsSearch, dnsOptions, tmpfs, capAdd, capDrop, securityOpt, groupAdd []string
 
 	mounts     opts.MountOpt
 	ulimits    *opts.UlimitOpt
@@ -120,6 +121,9 @@ func (o *runOptions) define(flags *pflag.FlagSet) {
 	_ = flags.MarkHidden("net")
 	flags.StringVarP(&o.hostname, "hostname", "h", "", "name of the host as the container sees it")
 	flags.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts, HOST:IP")
+	flags.StringArrayVar(&o.dns, "dns", nil, "ask this name server, an IP address, instead of the host's")
+	flags.StringArrayVar(&o.dnsSearch, "dns-search", nil, "look names up in this domain too")
+	flags.StringArrayVar(&o.dnsOptions, "dns-option", nil, "set an option of the resolver (ndots:2)")
 	flags.BoolVar(&o.readOnly, "read-only", false, "mount the root file system read-only")
 	flags.VarP(&o.memory, "memory", "m", "memory limit in bytes (512m, 2g)")
 	flags.Var(&o.memorySwap, "memory-swap", "limit of memory and swap together; -1 for no limit")
@@ -131,7 +135,7 @@ func (o *runOptions) define(flags *pflag.FlagSet) {
 	flags.Var(o.ulimits, "ulimit", "resource limit, NAME=SOFT[:HARD]")
 	flags.StringArrayVar(&o.capAdd, "cap-add", nil, "add a capability")
 	flags.StringArrayVar(&o.capDrop, "cap-drop", nil, "take a capability away")
-	flags.StringArrayVar(&o.securityOpt, "security-opt", nil, "security option (no-new-privileges)")
+	flags.StringArrayVar(&o.securityOpt, "security-opt", nil, "security option (no-new-privileges, seccomp=unconfined)")
 	flags.BoolVar(&o.privileged, "privileged", false, "lift all confinement")
 	flags.BoolVar(&o.init, "init", false, "put a small init in front of the command")
 	flags.StringVar(&o.stopSignal, "stop-signal", "", "signal that stops the container")
@@ -152,6 +156,7 @@ func (o *runOptions) request(flags *pflag.FlagSet, image string, args []string) 
 	}
 	host := &container.HostConfig{
 		AutoRemove: o.remove, NetworkMode: container.NetworkMode(o.network), Privileged: o.privileged, ReadonlyRootfs: o.readOnly,
+		DNSSearch: o.dnsSearch, DNSOptions: o.dnsOptions,
 		PublishAllPorts: o.publishAll, CapAdd: o.capAdd, CapDrop: o.capDrop, SecurityOpt: o.securityOpt, GroupAdd: o.groupAdd,
 		ShmSize: o.shmSize.Value(), Mounts: o.mounts.Value(), PortBindings: network.PortMap{}, Tmpfs: map[string]string{},
 	}
@@ -205,6 +210,13 @@ func (o *runOptions) request(flags *pflag.FlagSet, image string, args []string) 
 			return none, fmt.Errorf("--add-host %q: want HOST:IP: %w", h, err)
 		}
 		host.ExtraHosts = append(host.ExtraHosts, entry)
+	}
+	for _, server := range o.dns {
+		addr, err := netip.ParseAddr(server)
+		if err != nil {
+			return none, fmt.Errorf("--dns %q: want an IP address", server)
+		}
+		host.DNS = append(host.DNS, addr)
 	}
 	if err := parsePorts(o.ports, o.expose, config, host); err != nil {
 		return none, err
@@ -472,6 +484,7 @@ func (r *foreground) run(ctx context.Context, signals <-chan os.Signal) error {
 				return errors.New(res.Error.Message)
 			}
 			if res.StatusCode != 0 {
+				r.explain(ctx)
 				return &exitError{int(res.StatusCode), nil}
 			}
 			return nil
@@ -479,6 +492,19 @@ func (r *foreground) run(ctx context.Context, signals <-chan os.Signal) error {
 			return fmt.Errorf("wait for container %s: %w", shortID(r.id), apiError(err))
 		}
 	}
+}
+
+// explain says so when the container has ended for lack of memory.
+func (r *foreground) explain(ctx context.Context) {
+	res, err := r.cli.ContainerInspect(ctx, r.id, mobyclient.ContainerInspectOptions{})
+	if err != nil || res.Container.State == nil || !res.Container.State.OOMKilled {
+		return
+	}
+	limit := ""
+	if r.options.memory > 0 {
+		limit = fmt.Sprintf(", which may use %s (--memory)", units.BytesSize(float64(r.options.memory)))
+	}
+	fmt.Fprintf(r.a.err, "slipway: out of memory: the kernel killed a process of the container%s\n", limit)
 }
 
 // startCode is the exit code of a container that did not start.

@@ -69,7 +69,7 @@ func TestMain(m *testing.M) {
 //	port NAME                  sets $NAME to a free port
 //	await FILE...              waits until the files exist
 //	pty INPUT PROGRAM…         runs a program on a terminal of 30 rows and 100 columns and types the file INPUT;
-//	                           a line "<TEXT" of it waits until TEXT was shown
+//	                           a line "<TEXT" of it waits until TEXT was shown, and "@ROWSxCOLUMNS" changes the terminal's size
 //	daemon-pid NAME            sets $NAME to the process ID of the engine
 //	daemon-kill                kill -9 of the engine
 //	tmpfs DIR SIZE             mounts a small file system until the script ends
@@ -82,11 +82,14 @@ func TestMain(m *testing.M) {
 //	[!] buildx [ARG...]        the same with docker buildx, against a builder "sw" of the driver "remote"; as "docker buildx", too, and as what
 //	                           "docker build" is. It takes minutes to build where Go's cache has nothing of it; where it cannot be had the script is skipped
 //
-// Conditions: [root] and [overlay] (overlayfs and namespaces may be used), [skopeo] and [busybox] (installed). The store is
+// Conditions: [engine] (containers can be run: as root, or as the user of TestScriptUser), [user] (as that user), [single-id] (who has no IDs to give away), [root], [overlay] (overlayfs
+// and namespaces may be used), [skopeo] and [busybox] (installed). The store is
 // $SLIPWAY_ROOT. When a script ends its engine is stopped; what the engine leaves behind (a mount, a process, an interface, a table, a
 // cgroup, a file) fails the test.
 func TestScript(t *testing.T) {
-	if os.Geteuid() != 0 {
+	if runsAsTestUser() {
+		t.Log("as an ordinary user")
+	} else if os.Geteuid() != 0 {
 		t.Log("NOT ROOT: scripts that need containers will be SKIPPED")
 	} else if err := runctest.EnsureRunner(); err != nil {
 		t.Fatalf("build slipway-runner: %v", err)
@@ -201,6 +204,12 @@ func scriptCondition(cond string) (bool, error) {
 	switch cond {
 	case "root":
 		return os.Geteuid() == 0, nil
+	case "engine":
+		return os.Geteuid() == 0 || runsAsTestUser(), nil
+	case "user":
+		return runsAsTestUser(), nil
+	case "single-id":
+		return os.Getenv(testUserEnv) == singleID, nil
 	case "overlay":
 		data, err := os.ReadFile("/proc/filesystems")
 		return err == nil && os.Geteuid() == 0 && bytes.Contains(data, []byte("\toverlay\n")), nil
@@ -215,7 +224,7 @@ func scriptBase(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) == 0 {
 		ts.Fatalf("usage: base NAME...")
 	}
-	if os.Geteuid() != 0 {
+	if os.Geteuid() != 0 && !runsAsTestUser() {
 		ts.Value(scriptTB{}).(testing.TB).Skip("making base images needs root: SKIPPED")
 	}
 	if _, err := os.Stat("/bin/busybox"); err != nil {
@@ -527,6 +536,11 @@ func scriptPTY(ts *testscript.TestScript, neg bool, args []string) {
 	for line := range strings.Lines(input) {
 		if text, ok := strings.CutPrefix(line, "<"); ok {
 			waitFor(strings.TrimSuffix(text, "\n"))
+			continue
+		}
+		var rows, cols uint16
+		if n, _ := fmt.Sscanf(line, "@%dx%d", &rows, &cols); n == 2 {
+			ts.Check(unix.IoctlSetWinsize(int(control.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols}))
 			continue
 		}
 		_, err := io.WriteString(control, line)

@@ -71,6 +71,7 @@ func (s *Server) finishHistory(rec *controlapi.BuildHistoryRecord, rc *recorder,
 }
 
 func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRecord, rc *recorder, req *request, reports []solver.Report, made *outcome, response map[string]string, err error) error {
+	redact := explain.NewRedactor(s.WorkerID, req.opts, reports).Text
 	var own []ocispec.Descriptor
 	put := func(mediaType string, data []byte) (*controlapi.Descriptor, error) {
 		desc, err := s.History.Blobs.PutBytes(ctx, mediaType, data)
@@ -87,6 +88,7 @@ func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRe
 		}
 		failed := FailedStep(st.Proto())
 		rec.Error = recordedError(st.Proto())
+		redactError(rec.Error, redact)
 		data, err := proto.Marshal(rec.Error)
 		if err != nil {
 			return err
@@ -111,7 +113,7 @@ func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRe
 			stored[r.Vertex.Digest] = r.Log
 		}
 	}
-	desc, failure := s.keepStatus(ctx, rc, stored)
+	desc, failure := s.keepStatus(ctx, rc, stored, redact)
 	if failure != nil {
 		return failure
 	}
@@ -160,7 +162,7 @@ func (s *Server) keepHistory(ctx context.Context, rec *controlapi.BuildHistoryRe
 }
 
 // keepStatus stores the events. logs are the logs of the steps that ran, by vertex.
-func (s *Server) keepStatus(ctx context.Context, rc *recorder, logs map[digest.Digest]digest.Digest) (ocispec.Descriptor, error) {
+func (s *Server) keepStatus(ctx context.Context, rc *recorder, logs map[digest.Digest]digest.Digest, redact func(string) string) (ocispec.Descriptor, error) {
 	sizes := map[digest.Digest]int64{}
 	for v, d := range logs {
 		if r, err := s.History.Blobs.Open(d); err == nil {
@@ -173,7 +175,7 @@ func (s *Server) keepStatus(ctx context.Context, rc *recorder, logs map[digest.D
 		return ocispec.Descriptor{}, err
 	}
 	defer w.Close()
-	err = rc.writeTo(w, sizes, func(v digest.Digest) (io.ReadCloser, error) { return s.History.Blobs.Open(logs[v]) })
+	err = rc.writeTo(w, sizes, func(v digest.Digest) (io.ReadCloser, error) { return s.History.Blobs.Open(logs[v]) }, redact)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

@@ -155,8 +155,8 @@ const logChunk = 32 << 10
 
 // writeTo writes the whole stream. Where less was shown of a step's output than it wrote, because a client was too slow or
 // the step was already running for another build, the stored log takes its place: stored has the size of each and open
-// opens it.
-func (r *recorder) writeTo(w io.Writer, stored map[digest.Digest]int64, open func(digest.Digest) (io.ReadCloser, error)) error {
+// opens it. What is written goes through redact.
+func (r *recorder) writeTo(w io.Writer, stored map[digest.Digest]int64, open func(digest.Digest) (io.ReadCloser, error), redact func(string) string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.err != nil {
@@ -179,12 +179,6 @@ func (r *recorder) writeTo(w io.Writer, stored map[digest.Digest]int64, open fun
 		}
 	}
 	out := bufio.NewWriterSize(w, 64<<10)
-	if len(clipped) == 0 {
-		if _, err := io.Copy(out, all); err != nil {
-			return err
-		}
-		return out.Flush()
-	}
 	err := readStatus(all, func(m *controlapi.StatusResponse) error {
 		s := bkclient.NewSolveStatus(m)
 		logs := s.Logs
@@ -199,10 +193,11 @@ func (r *recorder) writeTo(w io.Writer, stored map[digest.Digest]int64, open fun
 				continue
 			}
 			delete(clipped, v.Digest)
-			if err := writeLog(out, v, open); err != nil {
+			if err := writeLog(out, v, open, redact); err != nil {
 				return err
 			}
 		}
+		redactStatus(s, redact)
 		return writeStatus(out, s)
 	})
 	if err != nil {
@@ -211,7 +206,7 @@ func (r *recorder) writeTo(w io.Writer, stored map[digest.Digest]int64, open fun
 	return out.Flush()
 }
 
-func writeLog(w io.Writer, v *bkclient.Vertex, open func(digest.Digest) (io.ReadCloser, error)) error {
+func writeLog(w io.Writer, v *bkclient.Vertex, open func(digest.Digest) (io.ReadCloser, error), redact func(string) string) error {
 	log, err := open(v.Digest)
 	if err != nil {
 		return err
@@ -221,7 +216,7 @@ func writeLog(w io.Writer, v *bkclient.Vertex, open func(digest.Digest) (io.Read
 	for {
 		n, err := io.ReadFull(log, buf)
 		if n > 0 {
-			l := &bkclient.VertexLog{Vertex: v.Digest, Stream: 1, Data: buf[:n], Timestamp: *v.Completed}
+			l := &bkclient.VertexLog{Vertex: v.Digest, Stream: 1, Data: []byte(redact(string(buf[:n]))), Timestamp: *v.Completed}
 			if err := writeStatus(w, &bkclient.SolveStatus{Logs: []*bkclient.VertexLog{l}}); err != nil {
 				return err
 			}

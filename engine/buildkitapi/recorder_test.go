@@ -37,7 +37,7 @@ func TestRecorderIsComplete(t *testing.T) {
 				t.Errorf("the log of %s is asked for", v)
 			}
 			return io.NopCloser(strings.NewReader(whole)), nil
-		})
+		}, func(s string) string { return s })
 		if err != nil {
 			t.Fatal(err)
 		}

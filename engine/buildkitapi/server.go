@@ -47,6 +47,7 @@ import (
 	"github.com/seed-68981b69/slipway/engine/history"
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/engine/remotecache"
+	"github.com/seed-68981b69/slipway/executor/cdi"
 	"github.com/seed-68981b69/slipway/exporter"
 	"github.com/seed-68981b69/slipway/frontend/dockerfile"
 	"github.com/seed-68981b69/slipway/frontend/gateway"
@@ -92,6 +93,8 @@ type Options struct {
 	// ask for everything.
 	Entitlements  []string
 	OwnerEntitled bool
+	// Devices are the host's CDI devices; nil when there are none.
+	Devices *cdi.Devices
 	// Platforms are what clients are told can be built for; none means what is found.
 	Platforms []ocispec.Platform
 	// Frontends says which frontends clients may ask for.
@@ -292,6 +295,22 @@ func (s *Server) platforms() []ocispec.Platform {
 	return append([]ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}, op.EmulatedPlatforms()...)
 }
 
+// devices are the CDI devices that builds can ask for.
+func (s *Server) devices() []*apitypes.CDIDevice {
+	if s.Devices == nil {
+		return nil
+	}
+	list, err := s.Devices.List()
+	if err != nil {
+		s.Log.Warn("list devices", "error", err)
+	}
+	var out []*apitypes.CDIDevice
+	for _, d := range list {
+		out = append(out, &apitypes.CDIDevice{Name: d.Name, AutoAllow: d.AutoAllowed, Annotations: d.Annotations})
+	}
+	return out
+}
+
 func (s *Server) workers() []gwclient.WorkerInfo {
 	return []gwclient.WorkerInfo{{ID: s.WorkerID, Labels: s.labels(), Platforms: s.platforms()}}
 }
@@ -326,6 +345,7 @@ func (s *Server) ListWorkers(_ context.Context, req *controlapi.ListWorkersReque
 		Labels:          labels,
 		Platforms:       pb.PlatformsFromSpec(s.platforms()),
 		GCPolicy:        gcPolicies(s.Policies),
+		CDIDevices:      s.devices(),
 		BuildkitVersion: s.version(),
 	}}}, nil
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
+	"github.com/seed-68981b69/slipway/engine/explain"
 	"github.com/seed-68981b69/slipway/engine/provenance"
 	"github.com/seed-68981b69/slipway/engine/remotecache"
 	"github.com/seed-68981b69/slipway/exporter"
@@ -72,7 +73,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 	made := outcome{origin: s.newOrigin(solverBuild, req, started)}
 	defer s.requests.Forget(made.origin)
 	var client *gateway.Client
-	client, err = gateway.New(gateway.Options{
+	gatewayOptions := gateway.Options{
 		Build:        solverBuild,
 		View:         s.View,
 		Images:       s.Images,
@@ -101,7 +102,11 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Solved:       func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
 		Entitlements: req.entitlements,
 		FailedResult: s.FailedResult,
-	}, req.opts, req.inputs)
+	}
+	if s.Devices != nil {
+		gatewayOptions.Devices = s.Devices // not a typed nil
+	}
+	client, err = gateway.New(gatewayOptions, req.opts, req.inputs)
 	if err != nil {
 		solverBuild.Close()
 		s.builds.refuse(in.Ref)
@@ -156,7 +161,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 			recorder.close()
 		}
 	}
-	s.finishTrace(traced, b, recorded, err)
+	s.finishTrace(traced, b, recorded, explain.NewRedactor(s.WorkerID, req.opts, reports).Text, err)
 	s.Log.Debug("build", "ref", req.ref, "duration", time.Since(started), "error", err)
 	if err != nil {
 		return nil, err

@@ -4,17 +4,22 @@ package buildkitapi
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/sshforward"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/metadata"
 )
+
+// acceptPause is how long an agent's socket waits after a connection that could not be accepted.
+const acceptPause = 20 * time.Millisecond
 
 // forwardAgent makes a socket below dir whose connections reach the client's ssh agent with that ID, until stop is called. It is ours and
 // not BuildKit's sshforward.MountSSHSocket, which cannot have a long path and leaves a directory behind for each socket.
@@ -42,8 +47,17 @@ func forwardAgent(ctx context.Context, caller session.Caller, dir, id string) (s
 	connections.Go(func() {
 		for {
 			conn, err := listener.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
 			if err != nil {
-				return // stop has closed it
+				// Out of file descriptors, for instance: the next connection may find some.
+				select {
+				case <-time.After(acceptPause):
+					continue
+				case <-ctx.Done():
+					return
+				}
 			}
 			connections.Go(func() { copyAgent(ctx, caller, conn, id) })
 		}

@@ -206,7 +206,7 @@ func (b *buildTrace) end() []tracetest.SpanStub {
 func (b *buildTrace) complete() { b.once.Do(func() { close(b.finalize) }) }
 
 // finishTrace makes the spans of a build that has ended, and keeps its trace in the background if it is recorded.
-func (s *Server) finishTrace(t *buildTrace, b *build, recorded bool, err error) {
+func (s *Server) finishTrace(t *buildTrace, b *build, recorded bool, redact func(string) string, err error) {
 	if t == nil {
 		return
 	}
@@ -223,14 +223,14 @@ func (s *Server) finishTrace(t *buildTrace, b *build, recorded bool, err error) 
 			t.end()
 			return
 		}
-		if err := s.keepTrace(b.ref, t); err != nil {
+		if err := s.keepTrace(b.ref, t, redact); err != nil {
 			s.Log.Warn("keep the trace of a build", "build", b.ref, "error", err)
 		}
 	})
 }
 
 // keepTrace stores the spans of a build that has ended and is recorded. It waits for the client's last ones.
-func (s *Server) keepTrace(ref string, b *buildTrace) error {
+func (s *Server) keepTrace(ref string, b *buildTrace, redact func(string) string) error {
 	select {
 	case <-b.finalize:
 	case <-s.closing:
@@ -248,7 +248,7 @@ func (s *Server) keepTrace(ref string, b *buildTrace) error {
 	if s.Begin != nil {
 		defer s.Begin("trace " + ref)() // until the record names it
 	}
-	desc, err := s.History.Blobs.PutBytes(context.Background(), mediaTypeTrace, text.Bytes())
+	desc, err := s.History.Blobs.PutBytes(context.Background(), mediaTypeTrace, []byte(redact(text.String())))
 	if err != nil {
 		return err
 	}

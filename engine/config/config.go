@@ -41,6 +41,12 @@ type Config struct {
 			Enabled *bool `toml:"enabled"`
 		} `toml:"containerd"`
 	} `toml:"worker"`
+	// CDI says which devices of the host builds can have.
+	CDI struct {
+		Disabled    *bool    `toml:"disabled"`
+		SpecDirs    []string `toml:"specDirs"`
+		AutoAllowed []string `toml:"autoAllowed"`
+	} `toml:"cdi"`
 	Registries map[string]Registry `toml:"registry"`
 	DNS        *DNS                `toml:"dns"`
 	History    *History            `toml:"history"`

@@ -68,7 +68,7 @@ func TestEveryKey(t *testing.T) {
 		if !theirs[k.Path] && !slices.ContainsFunc(slices.Collect(mapKeys(theirs)), func(s string) bool { return strings.HasPrefix(s, base+".") }) {
 			t.Errorf("Keys has %s, which BuildKit does not", k.Path)
 		}
-		if k.Status == Done && !ours[k.Path] && k.Path != "cdi.disabled" {
+		if k.Status == Done && !ours[k.Path] {
 			t.Errorf("%s is said to be done, but Config has no field for it", k.Path)
 		}
 		if k.Status != Done && k.Why == "" {
@@ -108,14 +108,13 @@ func TestReferenceExample(t *testing.T) {
 		name, _, _ := strings.Cut(line, " ")
 		lines = append(lines, name)
 	}
-	want := []string{"cdi.specDirs", "proxyNetwork", "worker.containerd.enabled"}
+	want := []string{"proxyNetwork", "worker.containerd.enabled"}
 	if diff := cmp.Diff(want, lines); diff != "" {
 		t.Errorf("refused (-want +got):\n%s\n%v", diff, err)
 	}
 	// Without those it is read like BuildKit reads it.
 	for _, line := range []string{
 		"proxyNetwork = true",
-		`specDirs = ["/etc/cdi", "/var/run/cdi", "/etc/buildkit/cdi"]`,
 	} {
 		if !strings.Contains(text, line) {
 			t.Fatalf("the example has changed: no %q", line)
@@ -154,6 +153,7 @@ func TestReferenceExample(t *testing.T) {
 		{"mirrors", ours.Hosts()["docker.io"].Mirrors, theirs.Registries["docker.io"].Mirrors},
 		{"http", ours.Hosts()["yourmirror.local:5000"].HTTP, theirs.Registries["yourmirror.local:5000"].PlainHTTP},
 		{"keypair", ours.Hosts()["docker.io"].KeyPairs[0].Cert, theirs.Registries["docker.io"].KeyPairs[0].Certificate},
+		{"cdi", ours.CDI.SpecDirs, theirs.CDI.SpecDirs},
 		{"dns", ours.DNS.Nameservers, theirs.DNS.Nameservers},
 		{"sessionAuthTimeout", ours.System.SessionAuthTimeout.Duration, theirs.System.SessionAuthTimeout.Duration},
 		{"maxRegistryConcurrency", ours.System.MaxRegistryConcurrency, theirs.System.MaxRegistryConcurrency},

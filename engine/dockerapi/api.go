@@ -71,6 +71,7 @@ type Server struct {
 	closed     bool
 	containers map[string]*ctr // by ID
 	names      map[string]*ctr // by name, without the leading slash
+	oomKilled  []*ctr          // those that removed themselves: see noteOOM
 }
 
 // New returns a server. What containers an earlier engine left behind in opts.Dir is deleted.

@@ -140,6 +140,31 @@ func (s *Server) register(c *ctr) error {
 	return nil
 }
 
+// maxOOMKilled is how many containers that lack of memory has ended can be inspected after they have removed themselves.
+const maxOOMKilled = 16
+
+// noteOOM keeps a container that removes itself to be inspected by its ID: there is no other way for its client to learn why it ended.
+func (s *Server) noteOOM(c *ctr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.oomKilled = append(s.oomKilled, c)
+	s.oomKilled = s.oomKilled[max(0, len(s.oomKilled)-maxOOMKilled):]
+}
+
+// findOrOOM is find, and finds those that noteOOM has kept.
+func (s *Server) findOrOOM(ref string) (*ctr, error) {
+	c, err := s.find(ref)
+	if err == nil {
+		return c, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.IndexFunc(s.oomKilled, func(c *ctr) bool { return c.id == ref }); i >= 0 {
+		return s.oomKilled[i], nil
+	}
+	return nil, err
+}
+
 func (s *Server) forget(c *ctr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -365,6 +390,9 @@ func (s *Server) startProcess(c *ctr, spec executor.Spec) error {
 			s.Log.Error("container", "container", c.id, "name", c.name, "error", err)
 		}
 		s.Log.Debug("container ended", "container", c.id, "name", c.name, "code", status.code)
+		if status.oom && c.host.AutoRemove {
+			s.noteOOM(c)
+		}
 		c.ended(status, container.StateExited)
 		if c.host.AutoRemove {
 			s.autoRemove(c)

@@ -378,7 +378,7 @@ func (s *Server) containerInspect(r *request) error {
 	if err := r.refuse("size"); err != nil {
 		return err
 	}
-	c, err := s.find(r.id)
+	c, err := s.findOrOOM(r.id)
 	if err != nil {
 		return err
 	}

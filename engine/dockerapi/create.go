@@ -150,7 +150,7 @@ func refuseHost(h container.HostConfig) error {
 		"CapAdd", "CapDrop", "CgroupnsMode", "ExtraHosts", "GroupAdd", "IpcMode", "Privileged", "PublishAllPorts", "ReadonlyRootfs", "SecurityOpt",
 		"Tmpfs", "UsernsMode", "ShmSize", "Runtime", "Isolation", "Mounts", "Init",
 		"CPUShares", "Memory", "NanoCPUs", "CgroupParent", "CPUPeriod", "CPUQuota", "CpusetCpus", "CpusetMems", "MemorySwap", "MemorySwappiness",
-		"OomKillDisable", "PidsLimit", "Ulimits")
+		"OomKillDisable", "PidsLimit", "Ulimits", "DNS", "DNSOptions", "DNSSearch")
 }
 
 func text(p *int64) string {
@@ -298,14 +298,26 @@ func (p *plan) planNetwork(c *container.Config, h *container.HostConfig) error {
 			host, ip, ok = other, ip2, true
 		}
 		ip = strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]")
-		if ip == "host-gateway" {
-			return unsupported("HostConfig.ExtraHosts with host-gateway")
+		_, err := netip.ParseAddr(ip)
+		if ip == executor.HostGateway && p.spec.Network != executor.NetworkNone {
+			err = nil
 		}
-		if _, err := netip.ParseAddr(ip); !ok || host == "" || err != nil {
+		if !ok || host == "" || err != nil {
 			return invalid("invalid extra host %q: want HOST:IP", entry)
 		}
 		p.spec.ExtraHosts = append(p.spec.ExtraHosts, executor.HostEntry{Host: host, IP: ip})
 	}
+	for _, server := range h.DNS {
+		p.spec.Nameservers = append(p.spec.Nameservers, server.String())
+	}
+	for _, list := range [][]string{h.DNSSearch, h.DNSOptions} {
+		for _, word := range list {
+			if word == "" || strings.ContainsAny(word, " \t\r\n") {
+				return invalid("invalid DNS search domain or option %q", word)
+			}
+		}
+	}
+	p.spec.DNSSearch, p.spec.DNSOptions = h.DNSSearch, h.DNSOptions
 	ports, err := publishedPorts(c, h)
 	if err != nil {
 		return err
@@ -377,7 +389,15 @@ func (p *plan) planSecurity(_ *container.Config, h *container.HostConfig) error 
 		if !hasValue {
 			name, value, hasValue = strings.Cut(option, ":")
 		}
-		if name != "no-new-privileges" {
+		switch {
+		case name == "seccomp" && value == "unconfined":
+			p.spec.SeccompUnconfined = true
+			continue
+		case name == "seccomp" && value == "builtin", name == "apparmor" && value == "unconfined", name == "label" && value == "disable":
+			continue // it is so
+		case name == "seccomp":
+			return unsupported("HostConfig.SecurityOpt seccomp with a profile of one's own (builtin and unconfined are)")
+		case name != "no-new-privileges":
 			return unsupported("HostConfig.SecurityOpt " + strconv.Quote(option))
 		}
 		on := true

@@ -168,17 +168,7 @@ type Lookup func(ctx context.Context, key string) (*record.Record, bool, error)
 // New makes the document of a build. lookup is asked for what was not needed: how long its work took.
 func New(ctx context.Context, info Info, reports []solver.Report, lookup Lookup) *Document {
 	d := &Document{Build: info.Build, Created: info.Created, Duration: info.Duration}
-	r := newRedactor(info.Salt)
-	for name, value := range info.Attrs {
-		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
-	}
-	for i := range reports {
-		for _, p := range reports[i].RecipeParts {
-			if name, ok := strings.CutPrefix(p.Name, "env "); ok {
-				r.learn(name, p.Value)
-			}
-		}
-	}
+	r := NewRedactor(info.Salt, info.Attrs, reports)
 	d.Project = r.text(info.Project) // which may be the address of a repository, with its token
 	if info.Err != nil {
 		d.Error = r.text(info.Err.Error())
@@ -201,7 +191,7 @@ func New(ctx context.Context, info Info, reports []solver.Report, lookup Lookup)
 	return d
 }
 
-func newStep(rep *solver.Report, r *redactor) *Step {
+func newStep(rep *solver.Report, r *Redactor) *Step {
 	s := &Step{
 		Vertex: rep.Vertex.Digest.String(), Name: r.text(rep.Vertex.Name), Kind: kind(rep.Vertex.Op),
 		Outcome: rep.Outcome, FoundBy: rep.FoundBy, Fresh: rep.Fresh, Log: rep.Log,

@@ -6,12 +6,14 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"maps"
 	"regexp"
 	"strings"
 	"sync"
 
 	"github.com/seed-68981b69/slipway/cache/record"
+	"github.com/seed-68981b69/slipway/solver"
 )
 
 // secretName matches names of variables that should not have been used for a secret, and are.
@@ -32,27 +34,64 @@ var userinfo = sync.OnceValue(func() *regexp.Regexp {
 // minHidden is the shortest value that is looked for in other texts.
 const minHidden = 4
 
-// redactor keeps secrets out of documents: credentials in URLs, and the values of variables whose names say that they
-// are secret, wherever they stand. Secrets that were given as such are not in keys and so not in documents.
-type redactor struct {
+// minInText is the shortest value that is looked for in what programs print, where shorter ones are words too often ("true", "main").
+const minInText = 8
+
+// Redactor keeps secrets out of what is stored of a build: credentials in URLs, and the values of variables whose names say that they
+// are secret, wherever they stand. Secrets that were given as such are not in keys and so not in documents. It is the one place where that
+// is decided, for documents, errors, progress and logs.
+type Redactor struct {
 	salt   string
 	hidden map[string]string // value → what stands for it
 }
 
-func newRedactor(salt string) *redactor { return &redactor{salt: salt, hidden: map[string]string{}} }
+func newRedactor(salt string) *Redactor { return &Redactor{salt: salt, hidden: map[string]string{}} }
+
+// NewRedactor learns what is secret from a request's attributes and from what its steps' keys were made of.
+func NewRedactor(salt string, attrs map[string]string, reports []solver.Report) *Redactor {
+	r := newRedactor(salt)
+	for name, value := range attrs {
+		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
+	}
+	for i := range reports {
+		for _, p := range reports[i].RecipeParts {
+			if name, ok := strings.CutPrefix(p.Name, "env "); ok {
+				r.learn(name, p.Value)
+			}
+		}
+	}
+	return r
+}
+
+// Text redacts words for people: errors, names of steps, what they print. A secret that a program prints in two pieces is not found.
+func (r *Redactor) Text(s string) string {
+	for value, mark := range r.hidden {
+		if len(value) >= minInText {
+			s = strings.ReplaceAll(s, value, mark)
+		}
+	}
+	if !strings.Contains(s, "://") {
+		return s
+	}
+	return userinfo().ReplaceAllString(s, "${1}xxxxx@")
+}
 
 func isSecretName(name string) bool {
 	return secretName().MatchString(name) && !publicName().MatchString(name)
 }
 
-func (r *redactor) learn(name, value string) {
+func (r *Redactor) learn(name, value string) {
 	if len(value) >= minHidden && isSecretName(name) {
 		r.hidden[value] = r.mark(value)
+		// As it stands in JSON.
+		if quoted, err := json.Marshal(value); err == nil {
+			r.hidden[string(quoted[1:len(quoted)-1])] = r.mark(value)
+		}
 	}
 }
 
 // mark stands for a value: equal values have equal marks, unless there is no salt.
-func (r *redactor) mark(value string) string {
+func (r *Redactor) mark(value string) string {
 	if r.salt == "" {
 		return "(not shown)"
 	}
@@ -61,14 +100,14 @@ func (r *redactor) mark(value string) string {
 	return "(not shown, " + hex.EncodeToString(h.Sum(nil)[:4]) + ")"
 }
 
-func (r *redactor) text(s string) string {
+func (r *Redactor) text(s string) string {
 	for value, mark := range r.hidden {
 		s = strings.ReplaceAll(s, value, mark)
 	}
 	return userinfo().ReplaceAllString(s, "${1}xxxxx@")
 }
 
-func (r *redactor) part(p record.Part) record.Part {
+func (r *Redactor) part(p record.Part) record.Part {
 	if kind, name, ok := strings.Cut(p.Name, " "); ok && (kind == "env" || kind == "header") && isSecretName(name) && p.Value != "" {
 		return record.Part{Name: p.Name, Value: r.mark(p.Value)}
 	}

@@ -6,8 +6,10 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -19,8 +21,13 @@ import (
 // resolvConf is where the host says how it resolves names.
 const resolvConf = "/etc/resolv.conf"
 
-// dnsTimeout is how long the host's resolver may take.
-const dnsTimeout = 10 * time.Second
+const (
+	// dnsTimeout is how long the host's resolvers may take together.
+	dnsTimeout = 10 * time.Second
+	// dnsResend is when a question is asked again, for a datagram may be lost; every time the wait is twice as long. A resolver in a
+	// container asks again after five seconds.
+	dnsResend = time.Second
+)
 
 // DNS is how names are resolved instead of the host's way. What is empty is as on the host.
 type DNS struct {
@@ -52,26 +59,50 @@ func (d *DNS) Apply(host []byte) []byte {
 	return conf
 }
 
-// ResolvConf makes the resolv.conf of a container from the host's. In a namespace of its own a container can reach
-// neither a resolver on the host's loopback nor, here, one with an IPv6 address; those are left out, and when none is
-// left the engine forwards queries that come to the gateway to the host's resolver.
-func (n *Network) ResolvConf() ([]byte, error) {
+// hostConf is the host's resolv.conf with what names replaces in it.
+func hostConf(names *DNS) ([]byte, error) {
 	host, err := os.ReadFile(resolvConf)
 	if err != nil && !os.IsNotExist(err) {
 		return nil, fmt.Errorf("read the host's resolver configuration: %w", err)
 	}
-	conf, servers, unreachable := rewriteResolvConf(n.names.Apply(host))
-	if len(servers) > 0 {
-		return conf, nil
-	}
-	if len(unreachable) == 0 {
-		unreachable = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})} // what libc assumes
-	}
-	gateway, err := n.forwardDNS(unreachable)
+	return names.Apply(host), nil
+}
+
+// upstreams are the name servers that questions of containers go to, as the host has them now.
+func upstreams(names *DNS, log *slog.Logger) []string {
+	conf, err := hostConf(names)
 	if err != nil {
-		return nil, fmt.Errorf("the host resolves names at %s, which a container cannot reach, and forwarding there does not work: %w; use the host network", unreachable[0], err)
+		log.Warn("resolve a name for a container", "error", err)
 	}
-	return append(fmt.Appendf(nil, "nameserver %s\n", gateway), conf...), nil
+	_, servers, others := rewriteResolvConf(conf)
+	if servers = append(servers, others...); len(servers) == 0 {
+		servers = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})} // what libc assumes
+	}
+	return addrPorts(servers, 53)
+}
+
+// ResolvConf makes the resolv.conf of a container from the host's. Its first name server is the engine, at the gateway, which asks
+// those of the host: also one on the host's loopback or with an IPv6 address, which a container cannot reach. Those that it can
+// reach come after it, for hosts whose firewall keeps containers from the gateway. They are not the first, because NAT loses
+// one of two questions that a resolver asks from one port at the same moment (libc, for A and AAAA), and programs then wait five seconds.
+func (n *Network) ResolvConf() ([]byte, error) {
+	host, err := hostConf(n.names)
+	if err != nil {
+		return nil, err
+	}
+	conf, servers, unreachable := rewriteResolvConf(host)
+	if err := n.forwardDNS(); err != nil {
+		if len(servers) > 0 {
+			n.log.Debug("name server for containers", "err", err)
+			return conf, nil
+		}
+		first := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		if len(unreachable) > 0 {
+			first = unreachable[0]
+		}
+		return nil, fmt.Errorf("the host resolves names at %s, which a container cannot reach, and forwarding there does not work: %w; use the host network", first, err)
+	}
+	return append(fmt.Appendf(nil, "nameserver %s\n", n.gateway), conf...), nil
 }
 
 // rewriteResolvConf leaves out the name servers that a container cannot reach and returns both kinds.
@@ -107,18 +138,22 @@ func hostNameservers() []netip.Addr {
 	return append(servers, unreachable...)
 }
 
-// forwardDNS starts the forwarder if it does not run yet and returns the address it listens on.
-func (n *Network) forwardDNS(upstream []netip.Addr) (netip.Addr, error) {
+// forwardDNS starts the forwarder, at the gateway, if it does not run yet.
+func (n *Network) forwardDNS() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.dns == nil {
-		d, err := newDNSForwarder(netip.AddrPortFrom(n.gateway, 53), addrPorts(upstream, 53))
-		if err != nil {
-			return netip.Addr{}, err
-		}
-		n.dns = d
+	if n.dns != nil {
+		return nil
 	}
-	return n.gateway, nil
+	if n.closed {
+		return errors.New("container network: closed")
+	}
+	d, err := newDNSForwarder(netip.AddrPortFrom(n.gateway, dnsPort), func() []string { return upstreams(n.names, n.log) })
+	if err != nil {
+		return err
+	}
+	n.dns = d
+	return nil
 }
 
 func addrPorts(addrs []netip.Addr, port uint16) []string {
@@ -132,14 +167,14 @@ func addrPorts(addrs []netip.Addr, port uint16) []string {
 // dnsForwarder hands queries to the host's resolvers, in their order, and the answers back. It does not look into
 // them.
 type dnsForwarder struct {
-	upstream []string
+	upstream func() []string
 	cancel   context.CancelFunc
 	udp      *net.UDPConn
 	tcp      net.Listener
 	wg       sync.WaitGroup
 }
 
-func newDNSForwarder(listen netip.AddrPort, upstream []string) (*dnsForwarder, error) {
+func newDNSForwarder(listen netip.AddrPort, upstream func() []string) (*dnsForwarder, error) {
 	udp, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(listen))
 	if err != nil {
 		return nil, err
@@ -190,31 +225,48 @@ func (d *dnsForwarder) serveUDP(ctx context.Context) {
 	}
 }
 
+// exchangeUDP asks the resolvers one after the other until one answers.
 func (d *dnsForwarder) exchangeUDP(ctx context.Context, query []byte) ([]byte, error) {
+	servers := d.upstream()
 	var lastErr error
-	for _, up := range d.upstream {
-		answer, err := func() ([]byte, error) {
-			c, err := (&net.Dialer{Timeout: dnsTimeout}).DialContext(ctx, "udp", up)
-			if err != nil {
-				return nil, err
-			}
-			defer c.Close()
-			stop := context.AfterFunc(ctx, func() { c.Close() })
-			defer stop()
-			_ = c.SetDeadline(time.Now().Add(dnsTimeout / time.Duration(len(d.upstream))))
-			if _, err := c.Write(query); err != nil {
-				return nil, err
-			}
-			buf := make([]byte, maxDatagram)
-			n, err := c.Read(buf)
-			return buf[:n], err
-		}()
+	for _, server := range servers {
+		answer, err := askUDP(ctx, server, query, dnsTimeout/time.Duration(len(servers)))
 		if err == nil {
 			return answer, nil
 		}
 		lastErr = err
 	}
 	return nil, lastErr
+}
+
+// askUDP asks one resolver, several times if it is silent. Its socket is its own: what arrives there is an answer to this question.
+func askUDP(ctx context.Context, server string, query []byte, timeout time.Duration) ([]byte, error) {
+	c, err := (&net.Dialer{Timeout: timeout}).DialContext(ctx, "udp", server)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	end := time.Now().Add(timeout)
+	buf := make([]byte, maxDatagram)
+	for wait := dnsResend; ; wait *= 2 {
+		if _, err := c.Write(query); err != nil {
+			return nil, err
+		}
+		until := time.Now().Add(wait)
+		if until.After(end) {
+			until = end
+		}
+		_ = c.SetReadDeadline(until)
+		n, err := c.Read(buf)
+		if err == nil {
+			return buf[:n], nil
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) || !time.Now().Before(end) {
+			return nil, err
+		}
+	}
 }
 
 func (d *dnsForwarder) serveTCP(ctx context.Context) {
@@ -232,7 +284,7 @@ func (d *dnsForwarder) serveTCP(ctx context.Context) {
 
 func (d *dnsForwarder) forwardTCP(ctx context.Context, client net.Conn) {
 	defer client.Close()
-	for _, up := range d.upstream {
+	for _, up := range d.upstream() {
 		server, err := (&net.Dialer{Timeout: dnsTimeout}).DialContext(ctx, "tcp", up)
 		if err != nil {
 			continue

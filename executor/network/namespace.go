@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync"
@@ -27,7 +28,8 @@ const containerInterface = "eth0"
 // process is in it.
 type Namespace struct {
 	ip   netip.Addr
-	link string // the host's end of the cable
+	ip6  netip.Addr // not valid when there is none
+	link string     // the host's end of the cable
 
 	mu   sync.Mutex // guards file
 	file *os.File
@@ -35,6 +37,9 @@ type Namespace struct {
 
 // IP is the container's address.
 func (ns *Namespace) IP() netip.Addr { return ns.ip }
+
+// IP6 is the container's IPv6 address, not valid when it has none.
+func (ns *Namespace) IP6() netip.Addr { return ns.ip6 }
 
 // Path is a path by which another process of the same user can enter the namespace while it is held here.
 func (ns *Namespace) Path() string {
@@ -105,21 +110,62 @@ func (n *Network) newNamespace() (_ *Namespace, err error) {
 	if err := h.RouteAdd(route); err != nil {
 		return nil, fmt.Errorf("add default route: %w", err)
 	}
+	if n.subnet6.IsValid() {
+		if err := n.addIPv6(h, inside, ns); err != nil {
+			return nil, err
+		}
+	}
 	return ns, nil
 }
 
+// addIPv6 gives a namespace its IPv6 address and route.
+func (n *Network) addIPv6(h *netlink.Handle, inside netlink.Link, ns *Namespace) error {
+	err := inNamespace(ns.file, func() error {
+		return os.WriteFile(filepath.Join(ipv6Settings, containerInterface, "disable_ipv6"), []byte("0"), 0)
+	})
+	if err != nil {
+		return fmt.Errorf("switch on IPv6 in the namespace: %w", err)
+	}
+	ip := n.address6(ns.ip)
+	addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(ip, n.subnet6.Bits())), Flags: unix.IFA_F_NODAD}
+	if err := h.AddrAdd(inside, addr); err != nil {
+		return fmt.Errorf("give address %s: %w", ip, err)
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: inside.Attrs().Index, Gw: n.gateway6().AsSlice()}); err != nil {
+		return fmt.Errorf("add IPv6 default route: %w", err)
+	}
+	ns.ip6 = ip
+	return nil
+}
+
 // namespaceSysctls are written inside a new namespace. A process of any user may listen on low ports and send pings,
-// as under docker; without a routed IPv6 address, programs must not believe that there is one.
+// as under docker; without a routed IPv6 address, programs must not believe that there is one (addIPv6 switches it on). What
+// other containers advertise is not believed.
 var namespaceSysctls = []struct{ path, value string }{
 	{"/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"},
 	{"/proc/sys/net/ipv4/ping_group_range", pingGroups()},
 	{"/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"},
+	{"/proc/sys/net/ipv6/conf/default/accept_ra", "0"},
 }
 
 // pingGroups are all groups that there are: the kernel refuses a range with others in it.
 func pingGroups() string {
 	_, highest := userns.Highest()
 	return fmt.Sprintf("0 %d", min(highest, 1<<31-1))
+}
+
+// inNamespace calls fn on a thread in the namespace of a file.
+func inNamespace(file *os.File, fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // the thread ends with this goroutine
+		if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
+			done <- err
+			return
+		}
+		done <- fn()
+	}()
+	return <-done
 }
 
 // openNamespace makes an anonymous namespace with loopback up and returns its file and a netlink handle into it.

@@ -22,19 +22,23 @@ func addTable(table, bridge string, subnet netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: table})
+	t := c.AddTable(&nftables.Table{Family: family(subnet.Addr().Is6()), Name: table})
+	source, length := uint32(12), uint32(4) // of the source address, in the header
+	if subnet.Addr().Is6() {
+		source, length = 8, 16
+	}
 	accept := nftables.ChainPolicyAccept
 	nat := c.AddChain(&nftables.Chain{
 		Name: "postrouting", Table: t, Type: nftables.ChainTypeNAT,
 		Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource, Policy: &accept,
 	})
 	mask := ipNet(subnet).Mask
-	network := subnet.Masked().Addr().As4()
+	network := subnet.Masked().Addr().AsSlice()
 	c.AddRule(&nftables.Rule{Table: t, Chain: nat, Exprs: []expr.Any{
 		// ip saddr SUBNET oifname != BRIDGE masquerade
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: network[:]},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: source, Len: length},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: length, Mask: mask, Xor: make([]byte, length)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: network},
 		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: interfaceName(bridge)},
 		&expr.Masq{},
@@ -64,24 +68,31 @@ func addTable(table, bridge string, subnet netip.Prefix) error {
 	return nil
 }
 
-func hasTable(table string) (bool, error) {
+func family(ipv6 bool) nftables.TableFamily {
+	if ipv6 {
+		return nftables.TableFamilyIPv6
+	}
+	return nftables.TableFamilyIPv4
+}
+
+func hasTable(table string, ipv6 bool) (bool, error) {
 	c, err := nftables.New()
 	if err != nil {
 		return false, err
 	}
-	_, err = c.ListTableOfFamily(table, nftables.TableFamilyIPv4)
+	_, err = c.ListTableOfFamily(table, family(ipv6))
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
 	return err == nil, err
 }
 
-func deleteTable(table string) error {
+func deleteTable(table string, ipv6 bool) error {
 	c, err := nftables.New()
 	if err != nil {
 		return err
 	}
-	c.DelTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: table})
+	c.DelTable(&nftables.Table{Family: family(ipv6), Name: table})
 	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("delete table %s: %w", table, err)
 	}

@@ -8,7 +8,8 @@
 // Namespaces are anonymous: only file descriptors of this process and the processes inside keep them, so nothing of
 // them survives the engine. The bridge and the nftables table carry a name made from the engine's state directory;
 // New removes what an engine that was killed left under that name, and engines with different state directories
-// share nothing. IPv4 forwarding is switched on for the host and stays on, as other container engines do it.
+// share nothing. IPv4 forwarding is switched on for the host and stays on, as other container engines do it; IPv6
+// forwarding where the host has IPv6 and goes on having it (ipv6.go).
 //
 // Published ports are served by a proxy in this process, so that they work on every address of the host including
 // loopback; containers therefore see connections come from the gateway.
@@ -60,11 +61,13 @@ type Options struct {
 // Network is a bridge with NAT. Its methods may be called concurrently.
 type Network struct {
 	log      *slog.Logger
+	root     string
 	id       string       // short hash of the root, part of every name
 	bridge   atomic.Int64 // the bridge's interface index
 	healing  sync.Mutex   // held while looking after the bridge and the table
 	subnet   netip.Prefix
 	gateway  netip.Addr
+	subnet6  netip.Prefix // not valid when containers have no IPv6
 	mtu      int
 	poolSize int
 	names    *DNS
@@ -85,6 +88,7 @@ func New(opts Options) (*Network, error) {
 	sum := sha256.Sum256([]byte(opts.Root))
 	n := &Network{
 		log:      opts.Log,
+		root:     opts.Root,
 		id:       hex.EncodeToString(sum[:4]),
 		poolSize: opts.PoolSize,
 		names:    opts.DNS,
@@ -135,8 +139,20 @@ func (n *Network) setUp() error {
 	n.last = n.gateway
 	n.mtu = hostMTU()
 
+	uplink, err := ipv6Uplink()
+	if err == nil {
+		n.subnet6, err = chooseIPv6(n.root)
+	}
+	if err != nil {
+		n.withoutIPv6(err)
+	}
 	if err := n.addBridge(); err != nil {
 		return err
+	}
+	if n.subnet6.IsValid() {
+		if err := n.setUpIPv6(uplink); err != nil {
+			n.withoutIPv6(err)
+		}
 	}
 	if err := addTable(n.tableName(), n.bridgeName(), n.subnet); err != nil {
 		return fmt.Errorf("NAT table %s: %w", n.tableName(), err)
@@ -163,11 +179,51 @@ func (n *Network) addBridge() error {
 	if err := netlink.AddrAdd(bridge, addr); err != nil {
 		return fmt.Errorf("give bridge %s address %s: %w", attrs.Name, n.gateway, err)
 	}
+	if err := bridgeSettings(attrs.Name, n.subnet6.IsValid()); err != nil {
+		return err
+	}
+	if n.subnet6.IsValid() {
+		addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(n.gateway6(), n.subnet6.Bits())), Flags: unix.IFA_F_NODAD}
+		if err := netlink.AddrAdd(bridge, addr); err != nil {
+			n.withoutIPv6(fmt.Errorf("give bridge %s address %s: %w", attrs.Name, n.gateway6(), err))
+		}
+	}
 	if err := netlink.LinkSetUp(bridge); err != nil {
 		return fmt.Errorf("bring up bridge %s: %w", attrs.Name, err)
 	}
 	n.bridge.Store(int64(bridge.Index))
 	return nil
+}
+
+// setUpIPv6 connects the bridge's IPv6 to the outside.
+func (n *Network) setUpIPv6(uplink string) error {
+	if err := enableIPv6(n.bridgeName(), uplink); err != nil {
+		return fmt.Errorf("switch on IPv6 forwarding: %w", err)
+	}
+	if err := addTable(n.tableName(), n.bridgeName(), n.subnet6); err != nil {
+		return fmt.Errorf("IPv6 NAT table %s: %w", n.tableName(), err)
+	}
+	return nil
+}
+
+// withoutIPv6 notes that containers have none, for that reason.
+func (n *Network) withoutIPv6(reason error) {
+	n.subnet6 = netip.Prefix{}
+	level := slog.LevelWarn
+	if errors.Is(reason, errNoIPv6) {
+		level = slog.LevelDebug
+	}
+	n.log.Log(context.Background(), level, "containers have no IPv6", "err", reason)
+}
+
+// gateway6 is the host's IPv6 address on the bridge.
+func (n *Network) gateway6() netip.Addr { return n.subnet6.Addr().Next() }
+
+// address6 is the IPv6 address of the container with that IPv4 address.
+func (n *Network) address6(ip netip.Addr) netip.Addr {
+	a, a4 := n.subnet6.Addr().As16(), ip.As4()
+	copy(a[12:], a4[:])
+	return netip.AddrFrom16(a)
 }
 
 // heal puts back what somebody else took away: firewalls flush all tables when they are reloaded, and network managers
@@ -196,20 +252,28 @@ func (n *Network) heal() error {
 	} else if err != nil {
 		return fmt.Errorf("look for bridge %s: %w", n.bridgeName(), err)
 	}
-	there, err := hasTable(n.tableName())
-	if err != nil {
-		return fmt.Errorf("look for table %s: %w", n.tableName(), err)
+	for _, subnet := range []netip.Prefix{n.subnet, n.subnet6} {
+		if !subnet.IsValid() {
+			continue
+		}
+		there, err := hasTable(n.tableName(), subnet.Addr().Is6())
+		if err != nil {
+			return fmt.Errorf("look for table %s: %w", n.tableName(), err)
+		}
+		if there {
+			continue
+		}
+		n.log.Warn("a NAT table was deleted by somebody else, making it again", "table", n.tableName(), "subnet", subnet)
+		if err := addTable(n.tableName(), n.bridgeName(), subnet); err != nil {
+			return err
+		}
 	}
-	if there {
-		return nil
-	}
-	n.log.Warn("the NAT table was deleted by somebody else, making it again", "table", n.tableName())
-	return addTable(n.tableName(), n.bridgeName(), n.subnet)
+	return nil
 }
 
 // tearDown removes everything that carries our name. What is not there is no error.
 func (n *Network) tearDown() error {
-	errTable := deleteTable(n.tableName())
+	errTable := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true))
 	bridge, err := netlink.LinkByName(n.bridgeName())
 	var notFound netlink.LinkNotFoundError
 	if errors.As(err, &notFound) {
@@ -282,6 +346,9 @@ func (n *Network) Publish(ip netip.Addr, ports []executor.Port) (*Published, err
 
 // Subnet is the network that containers have their addresses from.
 func (n *Network) Subnet() netip.Prefix { return n.subnet }
+
+// Subnet6 is the network that they have their IPv6 addresses from; not valid when they have none.
+func (n *Network) Subnet6() netip.Prefix { return n.subnet6 }
 
 // Bridge is the name of the bridge interface.
 func (n *Network) Bridge() string { return n.bridgeName() }
@@ -382,7 +449,7 @@ func hostMTU() int {
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
 // Acquire returns a namespace with an address, from the pool if one is ready. Release it when nothing runs in it.

@@ -6,6 +6,7 @@ package network
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -211,7 +213,7 @@ func TestPublishRefuses(t *testing.T) {
 
 func TestDNSForwarder(t *testing.T) {
 	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
-	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), []string{"127.0.0.1:1", upstream})
+	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), func() []string { return []string{"127.0.0.1:1", upstream} })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,6 +233,34 @@ func TestDNSForwarder(t *testing.T) {
 		if n, err := c.Read(buf); err != nil || string(buf[:n]) != "query" {
 			t.Errorf("%s: %q, %v", network, buf[:n], err)
 		}
+	}
+}
+
+// TestDNSForwarderAsksAgain: a question that is lost on the way to the resolver is asked again before a container would.
+func TestDNSForwarderAsksAgain(t *testing.T) {
+	u, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	var asked atomic.Int64
+	go func() {
+		buf := make([]byte, maxDatagram)
+		for {
+			n, from, err := u.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if asked.Add(1) > 1 { // the first is lost
+				u.WriteTo(buf[:n], from)
+			}
+		}
+	}()
+	d := &dnsForwarder{upstream: func() []string { return []string{u.LocalAddr().String()} }}
+	start := time.Now()
+	answer, err := d.exchangeUDP(t.Context(), []byte("query"))
+	if err != nil || string(answer) != "query" || asked.Load() != 2 || time.Since(start) > 4*time.Second {
+		t.Errorf("answer %q, %v after %v; asked %d times", answer, err, time.Since(start), asked.Load())
 	}
 }
 
@@ -285,7 +315,7 @@ func TestNetworkLifetime(t *testing.T) {
 	if err := netlink.LinkDel(l); err != nil {
 		t.Fatal(err)
 	}
-	if err := deleteTable(n.tableName()); err != nil {
+	if err := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true)); err != nil {
 		t.Fatal(err)
 	}
 	ns, err := n.Acquire(t.Context())
@@ -302,7 +332,7 @@ func TestNetworkLifetime(t *testing.T) {
 			t.Errorf("%s is not on the bridge again: %v", ns.link, err)
 		}
 	}
-	if there, err := hasTable(n.tableName()); !there {
+	if there, err := hasTable(n.tableName(), false); !there {
 		t.Errorf("the table was not made again: %v", err)
 	}
 

@@ -197,7 +197,7 @@ func (r *router) takeTCP(req *tcp.ForwarderRequest) {
 	client := gonet.NewTCPConn(&wq, ep)
 	started := r.begin(func() {
 		if dns {
-			(&dnsForwarder{upstream: r.upstream()}).forwardTCP(r.ctx, client)
+			(&dnsForwarder{upstream: r.upstream}).forwardTCP(r.ctx, client)
 			return
 		}
 		relay(r.ctx, client, server.(*net.TCPConn))
@@ -277,7 +277,7 @@ func (r *router) takeUDP(req *udp.ForwarderRequest) {
 
 // answer passes questions for names on, one after the other: a resolver uses another port for each.
 func (r *router) answer(client net.Conn) {
-	resolver := &dnsForwarder{upstream: r.upstream()}
+	resolver := &dnsForwarder{upstream: r.upstream}
 	stop := context.AfterFunc(r.ctx, func() { client.Close() })
 	defer stop()
 	buf := make([]byte, maxDatagram)

@@ -159,7 +159,7 @@ func (u *User) Gateway() netip.Addr { return u.gateway }
 
 // ResolvConf makes the resolv.conf of a container: the router is its name server, and asks the host's.
 func (u *User) ResolvConf() ([]byte, error) {
-	host, err := u.hostConf()
+	host, err := hostConf(u.names)
 	if err != nil {
 		return nil, err
 	}
@@ -172,26 +172,8 @@ func (u *User) ResolvConf() ([]byte, error) {
 	return conf, nil
 }
 
-func (u *User) hostConf() ([]byte, error) {
-	host, err := os.ReadFile(resolvConf)
-	if err != nil && !os.IsNotExist(err) {
-		return nil, fmt.Errorf("read the host's resolver configuration: %w", err)
-	}
-	return u.names.Apply(host), nil
-}
-
 // upstream are the name servers that the router asks.
-func (u *User) upstream() []string {
-	host, err := u.hostConf()
-	if err != nil {
-		u.log.Warn("resolve a name for a container", "error", err)
-	}
-	_, servers, others := rewriteResolvConf(host)
-	if servers = append(servers, others...); len(servers) == 0 {
-		servers = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})} // what libc assumes
-	}
-	return addrPorts(servers, 53)
-}
+func (u *User) upstream() []string { return upstreams(u.names, u.log) }
 
 // Acquire returns a namespace with an address, from the pool if one is ready. Release it when nothing runs in it.
 func (u *User) Acquire(ctx context.Context) (*Namespace, error) {

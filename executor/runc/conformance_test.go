@@ -58,10 +58,13 @@ func TestConformance(t *testing.T) {
 		"capabilities": func(s *executor.Spec) {
 			s.CapAdd, s.CapDrop = []string{"SYS_PTRACE", "NET_ADMIN"}, []string{"MKNOD", "CHOWN"}
 		},
-		"none":        func(s *executor.Spec) { s.CapDrop = []string{"ALL"} },
-		"privileged":  func(s *executor.Spec) { s.Privileged = true },
-		"read-only":   func(s *executor.Spec) { s.ReadonlyRootfs = true },
-		"environment": func(s *executor.Spec) { s.Env = []string{"A=1", "B=", "PATH=/bin", "HOME=/x", "A=2"}; s.Hostname = "named" },
+		"none":       func(s *executor.Spec) { s.CapDrop = []string{"ALL"} },
+		"privileged": func(s *executor.Spec) { s.Privileged = true },
+		"read-only":  func(s *executor.Spec) { s.ReadonlyRootfs = true },
+		"environment": func(s *executor.Spec) {
+			s.Env = []string{"A=1", "B=", "PATH=/bin", "HOME=/x", "A=2"}
+			s.Hostname = "named"
+		},
 		"mounts": func(s *executor.Spec) {
 			s.Mounts = []executor.Mount{
 				{Kind: executor.MountBind, Source: outside, Target: "/m/bind"},

@@ -14,9 +14,6 @@ import (
 	"github.com/seed-68981b69/slipway/executor"
 )
 
-// hostGateway is the address that stands for the host itself in ExtraHosts, as in docker's --add-host.
-const hostGateway = "host-gateway"
-
 const loopbackHosts = `127.0.0.1	localhost
 ::1	localhost ip6-localhost ip6-loopback
 fe00::0	ip6-localnet
@@ -25,9 +22,9 @@ ff02::1	ip6-allnodes
 ff02::2	ip6-allrouters
 `
 
-// hostsFile makes /etc/hosts. ip is the container's own address if it has one, gateway the host as seen from it;
+// hostsFile makes /etc/hosts. ip and ip6 are the container's own addresses if it has some, gateway the host as seen from it;
 // hostFile is the host's own /etc/hosts, which a container in the host's network shares.
-func hostsFile(s executor.Spec, hostname string, ip, gateway netip.Addr, hostFile []byte) ([]byte, error) {
+func hostsFile(s executor.Spec, hostname string, ip, ip6, gateway netip.Addr, hostFile []byte) ([]byte, error) {
 	var b strings.Builder
 	if s.Network == executor.NetworkHost && len(hostFile) > 0 {
 		b.Write(hostFile)
@@ -39,7 +36,7 @@ func hostsFile(s executor.Spec, hostname string, ip, gateway netip.Addr, hostFil
 	}
 	for _, h := range s.ExtraHosts {
 		addr := h.IP
-		if addr == hostGateway {
+		if addr == executor.HostGateway {
 			if !gateway.IsValid() {
 				return nil, fmt.Errorf("extra host %s: there is no host to reach with network %q", h.Host, s.Network)
 			}
@@ -56,6 +53,9 @@ func hostsFile(s executor.Spec, hostname string, ip, gateway netip.Addr, hostFil
 	switch {
 	case ip.IsValid():
 		fmt.Fprintf(&b, "%s\t%s\n", ip, hostname)
+		if ip6.IsValid() {
+			fmt.Fprintf(&b, "%s\t%s\n", ip6, hostname)
+		}
 	case s.Network == executor.NetworkNone:
 		fmt.Fprintf(&b, "127.0.0.1\t%s\n", hostname)
 	}

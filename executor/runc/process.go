@@ -73,7 +73,7 @@ func (p *process) finish(ev wire.Event, ok bool) {
 
 // sweep removes the container after its runner died.
 func (p *process) sweep() {
-	if err := sweepContainer(filepath.Join(p.r.containersDir(), p.id)); err != nil {
+	if err := sweepContainer(filepath.Join(p.r.containersDir(), p.id), p.r.NoLimits() == ""); err != nil {
 		p.r.log.Warn("remove container of a runner that ended", "container", p.id, "err", err)
 	}
 }

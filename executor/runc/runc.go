@@ -44,6 +44,8 @@ type Options struct {
 	NetworkError error
 	// DNS says how containers on the host's network resolve names; nil is the host's way.
 	DNS *network.DNS
+	// Devices finds what Spec.Devices names; nil when there are none.
+	Devices Devices
 	// RunDir is where run-time state goes; "" means a directory in /run made from StateDir.
 	RunDir string
 	// StandardInit has all containers made by libcontainer's own init, which takes four times as long. It is there to
@@ -51,6 +53,11 @@ type Options struct {
 	StandardInit bool
 	// Log gets what goes wrong in the background; nil means slog.Default.
 	Log *slog.Logger
+}
+
+// Devices adds CDI devices of the host to what a container gets: a *cdi.Devices.
+type Devices interface {
+	Inject(spec *specs.Spec, names []string) error
 }
 
 // Network gives containers a network of their own: a *network.Network, or a *network.User for an ordinary user.
@@ -139,7 +146,7 @@ func (r *Runc) sweep() error {
 	}
 	var errs error
 	for _, e := range entries {
-		errs = errors.Join(errs, sweepContainer(filepath.Join(r.containersDir(), e.Name())))
+		errs = errors.Join(errs, sweepContainer(filepath.Join(r.containersDir(), e.Name()), r.NoLimits() == ""))
 	}
 	return errors.Join(errs, sweepCgroups(r.host.CgroupParent), os.RemoveAll(r.runDir))
 }
@@ -241,6 +248,14 @@ func (p *process) start(ctx context.Context, s executor.Spec, stdio executor.IO)
 	if err != nil {
 		return err
 	}
+	if len(s.Devices) > 0 {
+		if r.opts.Devices == nil {
+			return fmt.Errorf("CDI devices %s: there are none on this engine", strings.Join(s.Devices, ", "))
+		}
+		if err := r.opts.Devices.Inject(spec, s.Devices); err != nil {
+			return err
+		}
+	}
 	if p.points, err = r.roots.acquire(rootfs); err != nil {
 		return err
 	}
@@ -298,12 +313,12 @@ func canConfigureNetwork(capAdd []string) bool {
 
 // generate writes the container's own versions of the files in /etc that say who it is and where names come from.
 func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
-	var ip, gateway netip.Addr
+	var ip, ip6, gateway netip.Addr
 	var hostHosts, resolvConf []byte
 	var err error
 	switch s.Network {
 	case executor.NetworkBridge:
-		ip, gateway = p.ns.IP(), p.r.opts.Network.Gateway()
+		ip, ip6, gateway = p.ns.IP(), p.ns.IP6(), p.r.opts.Network.Gateway()
 		if resolvConf, err = p.r.opts.Network.ResolvConf(); err != nil {
 			return nil, err
 		}
@@ -319,7 +334,8 @@ func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
 	case executor.NetworkNone:
 		resolvConf = []byte{}
 	}
-	hosts, err := hostsFile(s, s.Hostname, ip, gateway, hostHosts)
+	resolvConf = (&network.DNS{Nameservers: s.Nameservers, SearchDomains: s.DNSSearch, Options: s.DNSOptions}).Apply(resolvConf)
+	hosts, err := hostsFile(s, s.Hostname, ip, ip6, gateway, hostHosts)
 	if err != nil {
 		return nil, err
 	}

@@ -135,7 +135,7 @@ func runtimeSpec(s executor.Spec, h host) (*specs.Spec, error) {
 	}
 	spec.Linux.MaskedPaths = maskedPaths
 	spec.Linux.ReadonlyPaths = readonlyPaths
-	if h.Seccomp != nil {
+	if h.Seccomp != nil && !s.SeccompUnconfined {
 		if spec.Linux.Seccomp, err = h.Seccomp(spec); err != nil {
 			return nil, fmt.Errorf("seccomp profile: %w", err)
 		}

@@ -27,7 +27,7 @@ import (
 const sweepTimeout = 5 * time.Second
 
 // sweepContainer removes what is left of one container, whose state is in dir.
-func sweepContainer(dir string) error {
+func sweepContainer(dir string, cgroups bool) error {
 	var state struct {
 		CgroupPaths map[string]string `json:"cgroup_paths"`
 		initProcess
@@ -40,11 +40,12 @@ func sweepContainer(dir string) error {
 		return fmt.Errorf("state of container %s: %w", filepath.Base(dir), err)
 	}
 	var errs error
+	if !cgroups { // the state then names those that the container was in, which were not made for it
+		state.kill()
+		return os.RemoveAll(dir)
+	}
 	for _, cgroup := range state.CgroupPaths {
 		errs = errors.Join(errs, removeCgroup(cgroup))
-	}
-	if len(state.CgroupPaths) == 0 { // an ordinary user's may have none
-		state.kill()
 	}
 	if errs != nil {
 		return errs

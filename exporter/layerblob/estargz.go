@@ -76,7 +76,12 @@ func (m *Maker) estargz(ctx context.Context, id layer.ID, diffID digest.Digest, 
 		level = &usual
 	}
 	buffered := bufio.NewWriterSize(w, 1<<20)
+	free, err := m.slot(ctx)
+	if err != nil {
+		return "", err
+	}
 	z, err := writeStargz(ctx, buffered, tar, diffID, *level, 0)
+	free()
 	if err != nil {
 		return "", err
 	}

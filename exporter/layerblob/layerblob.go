@@ -111,7 +111,8 @@ type Deps struct {
 type Maker struct {
 	deps   Deps
 	memo   compress.Memo
-	making Locks // by diff ID, and by layer ID while that is not known
+	making Locks         // by diff ID, and by layer ID while that is not known
+	slots  chan struct{} // taken while a layer is compressed
 
 	mu       sync.Mutex        // guards verified
 	verified map[layer.ID]bool // tars that this process has read and found good
@@ -119,7 +120,7 @@ type Maker struct {
 
 // New returns a Maker.
 func New(deps Deps) *Maker {
-	return &Maker{deps: deps, memo: compress.Memo{Values: deps.Records, Blobs: deps.Blobs}, verified: map[layer.ID]bool{}}
+	return &Maker{deps: deps, memo: compress.Memo{Values: deps.Records, Blobs: deps.Blobs}, slots: make(chan struct{}, compressors), verified: map[layer.ID]bool{}}
 }
 
 // Blob is a layer as a blob.
@@ -304,7 +305,7 @@ func (m *Maker) compress(ctx context.Context, id layer.ID, diffID digest.Digest,
 		return ocispec.Descriptor{}, err
 	}
 	defer w.Close()
-	if err := c.write(ctx, w, m.verify(tar, id, diffID)); err != nil {
+	if err := m.write(ctx, w, m.verify(tar, id, diffID), c); err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	return m.commit(w, diffID, c)
@@ -329,7 +330,7 @@ func (m *Maker) pack(ctx context.Context, id layer.ID, c Compression) (layer.Inf
 		return layer.Info{}, err
 	}
 	defer w.Close()
-	info, followed, err := m.deps.Layers.PackWith(ctx, id, func(ctx context.Context, tar io.Reader) error { return c.write(ctx, w, tar) })
+	info, followed, err := m.deps.Layers.PackWith(ctx, id, func(ctx context.Context, tar io.Reader) error { return m.write(ctx, w, tar, c) })
 	if err != nil || !followed {
 		return info, err
 	}
@@ -340,8 +341,27 @@ func (m *Maker) pack(ctx context.Context, id layer.ID, c Compression) (layer.Inf
 	return info, err
 }
 
+// compressors is how many layers are compressed at the same time: one alone has work for all processors, but for its end, and each needs
+// some ten megabytes.
+const compressors = 2
+
+// slot waits until a layer may be compressed.
+func (m *Maker) slot(ctx context.Context) (release func(), err error) {
+	select {
+	case m.slots <- struct{}{}:
+		return func() { <-m.slots }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
 // write compresses in to w.
-func (c Compression) write(ctx context.Context, w io.Writer, in io.Reader) error {
+func (m *Maker) write(ctx context.Context, w io.Writer, in io.Reader, c Compression) error {
+	release, err := m.slot(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
 	_, _, level := compress.Levels(c.Kind)
 	if c.Level != nil {
 		level = *c.Level

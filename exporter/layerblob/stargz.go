@@ -13,6 +13,7 @@ import (
 	"path"
 	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
@@ -27,9 +28,7 @@ import (
 // goroutine writes them in their order, which is when it is known where they begin. The table of contents and the footer are the library's.
 const (
 	stargzChunk = 4 << 20
-	// stargzBytes bounds what is in memory: the members under way, uncompressed.
-	stargzBytes = 24 << 20
-	// stargzMembers bounds how many small ones that can be.
+	// stargzMembers bounds how many small ones can be under way.
 	stargzMembers = 256
 	stargzWorkers = 8
 )
@@ -46,9 +45,11 @@ func writeStargz(ctx context.Context, w io.Writer, in io.Reader, want digest.Dig
 	if workers <= 0 {
 		workers = min(runtime.GOMAXPROCS(0), stargzWorkers)
 	}
+	// What is in memory: the members under way, uncompressed.
+	most := int64(workers+1) * stargzChunk
 	group, ctx := errgroup.WithContext(ctx)
 	s := &stargzSplitter{
-		ctx: ctx, sum: sha256.New(), room: semaphore.NewWeighted(stargzBytes),
+		ctx: ctx, sum: sha256.New(), room: semaphore.NewWeighted(most), most: most,
 		ordered: make(chan *stargzMember, stargzMembers), work: make(chan *stargzMember, workers),
 	}
 	group.Go(func() error {
@@ -91,6 +92,7 @@ func writeStargz(ctx context.Context, w io.Writer, in io.Reader, want digest.Dig
 				return err
 			}
 			s.room.Release(m.charged)
+			keepLarge(m.out)
 		}
 		return nil
 	})
@@ -119,7 +121,7 @@ func (m *stargzMember) compress(z *gzip.Writer) error {
 	if m.chunk != nil {
 		m.chunk.ChunkDigest = digest.FromBytes(m.in[:m.chunkSize]).String()
 	}
-	b := &appender{m.out}
+	b := &appender{takeLarge(len(m.in))}
 	z.Reset(b)
 	if _, err := z.Write(m.in); err != nil {
 		return err
@@ -127,6 +129,7 @@ func (m *stargzMember) compress(z *gzip.Writer) error {
 	if err := z.Close(); err != nil {
 		return err
 	}
+	keepLarge(m.in)
 	m.in, m.out = nil, b.b
 	close(m.done)
 	return nil
@@ -140,6 +143,7 @@ type stargzSplitter struct {
 	short   []*estargz.TOCEntry // files of one chunk, whose digest is the chunk's
 	now     *stargzMember
 	room    *semaphore.Weighted
+	most    int64 // of room
 
 	ordered, work chan *stargzMember
 }
@@ -154,7 +158,7 @@ func (s *stargzSplitter) Write(p []byte) (int, error) {
 // next ends the member that is put together and begins one with sizeBytes of a file.
 func (s *stargzSplitter) next(chunk *estargz.TOCEntry, sizeBytes int64) error {
 	if m := s.now; m != nil {
-		m.charged = min(int64(len(m.in)), stargzBytes)
+		m.charged = min(int64(len(m.in)), s.most)
 		if err := s.room.Acquire(s.ctx, m.charged); err != nil {
 			return context.Cause(s.ctx)
 		}
@@ -166,7 +170,7 @@ func (s *stargzSplitter) next(chunk *estargz.TOCEntry, sizeBytes int64) error {
 			}
 		}
 	}
-	s.now = &stargzMember{chunk: chunk, chunkSize: sizeBytes, done: make(chan struct{}), in: make([]byte, 0, sizeBytes+2048)}
+	s.now = &stargzMember{chunk: chunk, chunkSize: sizeBytes, done: make(chan struct{}), in: takeLarge(int(sizeBytes) + 2048)}
 	return nil
 }
 
@@ -288,6 +292,24 @@ func (c *counter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.n += int64(n)
 	return n, err
+}
+
+// largeBuffers are used again; small ones are left to the collector.
+var largeBuffers = sync.Pool{New: func() any { return make([]byte, 0, stargzChunk+stargzChunk/16) }}
+
+// takeLarge returns an empty buffer for about sizeBytes.
+func takeLarge(sizeBytes int) []byte {
+	if sizeBytes < stargzChunk/8 {
+		return make([]byte, 0, sizeBytes)
+	}
+	return largeBuffers.Get().([]byte)[:0]
+}
+
+func keepLarge(b []byte) {
+	if cap(b) >= stargzChunk {
+		//lint:ignore SA6002 three words are allocated for megabytes that are not
+		largeBuffers.Put(b)
+	}
 }
 
 type appender struct{ b []byte }

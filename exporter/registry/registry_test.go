@@ -44,6 +44,11 @@ type side struct {
 
 func newSide(t *testing.T) *side {
 	t.Helper()
+	return newSideWith(t, registry.Options{CertDirs: []string{}})
+}
+
+func newSideWith(t *testing.T, opts registry.Options) *side {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("SKIPPED: the layer store of this test needs root")
 	}
@@ -56,10 +61,9 @@ func newSide(t *testing.T) *side {
 			t.Error(err)
 		}
 	})
-	reg := registry.New(registry.Options{
-		DockerConfigDir: t.TempDir(), CertDirs: []string{},
-		Wait: func(ctx context.Context, _ time.Duration) error { return ctx.Err() },
-	})
+	opts.DockerConfigDir = t.TempDir()
+	opts.Wait = func(ctx context.Context, _ time.Duration) error { return ctx.Err() }
+	reg := registry.New(opts)
 	side := &side{Store: s}
 	side.pusher = exportregistry.New(exportregistry.Deps{Layers: s.Layers, Blobs: s.Blobs, Images: s.Images, Records: s.Records, Registry: reg})
 	side.puller = sourceimage.NewPuller(sourceimage.Deps{

@@ -95,6 +95,8 @@ type Options struct {
 	Solved func(*Reference)
 	// Entitlements are what the client allows its build to ask for.
 	Entitlements []string
+	// Devices finds CDI devices, for which a build needs an entitlement unless they are for everybody; nil when there are none.
+	Devices op.Devices
 	// FailedResult finds what a failed step has left that the store keeps beyond its build; may be nil.
 	FailedResult func(ctx context.Context, resultID string) (snapshot.Snapshot, error)
 }
@@ -206,7 +208,7 @@ func (c *Client) runFrontend(ctx context.Context, req gwclient.SolveRequest) (*g
 
 // load hands a definition to the solver, checked and converted by the build's policy and more.
 func (c *Client) load(ctx context.Context, def *pb.Definition, more []*spb.Policy) (*Reference, error) {
-	if err := c.allowed.check(def); err != nil {
+	if err := c.allowed.check(def, c.Devices); err != nil {
 		return nil, err
 	}
 	policies, err := c.policies(more)

@@ -210,8 +210,10 @@ func TestEntitlements(t *testing.T) {
 			t.Errorf("allowed %v: %v", tc.allowed, err)
 		}
 	}
-	if _, err := New(Options{Entitlements: []string{"device"}}, nil, nil); err == nil {
-		t.Error("an unknown entitlement is accepted")
+	for _, name := range []string{"everything", "network.host=x", "device=vendor.test/x=y,alias=z"} {
+		if _, err := New(Options{Entitlements: []string{name}}, nil, nil); err == nil {
+			t.Errorf("the entitlement %q is accepted", name)
+		}
 	}
 }
 
@@ -272,6 +274,9 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("the empty definition is scratch: %v, %v", res, err)
 	}
 	caps := c.BuildOpts().Caps
+	if err := caps.Supports(gwpb.CapSourceMetaResolverImageAttestations); err != nil {
+		t.Errorf("attestations of images are not announced: %v", err)
+	}
 	if err := caps.Supports(gwpb.CapImportCaches); err != nil {
 		t.Errorf("cache imports are not announced: %v", err)
 	}

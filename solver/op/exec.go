@@ -38,6 +38,7 @@ type execOp struct {
 	res      *pb.LinuxResources
 	root     int // index of the root mount
 	outputs  int
+	devices  []string       // CDI devices by their full names
 	vertex   *solver.Vertex // nil for a container that is no step
 }
 
@@ -87,10 +88,9 @@ func newExec(d *Deps, caches *CacheMounts, v *solver.Vertex, op *pb.ExecOp) (sol
 	if len(op.GetMeta().GetArgs()) == 0 {
 		return nil, fmt.Errorf("exec operation has no arguments")
 	}
-	for _, dev := range op.CdiDevices {
-		if !dev.Optional {
-			return nil, fmt.Errorf("required device %q is not here: CDI devices are not supported yet: %s", dev.Name, dev.Name)
-		}
+	var err error
+	if e.devices, err = findDevices(d.Devices, op.CdiDevices); err != nil {
+		return nil, err
 	}
 	switch op.Network {
 	case pb.NetMode_UNSET, pb.NetMode_HOST, pb.NetMode_NONE:
@@ -265,6 +265,9 @@ func (e *execOp) Parts() []record.Part {
 	}
 	for _, s := range e.op.Secretenv {
 		p.add("secret env "+s.Name, optional("secret "+strconv.Quote(s.ID), s.Optional))
+	}
+	for _, name := range e.devices {
+		p.add("device", name)
 	}
 	return p
 }
@@ -494,6 +497,7 @@ func (s *step) spec(ctx context.Context) (executor.Spec, error) {
 		Hostname:        meta.Hostname,
 		Network:         network,
 		Privileged:      op.Security == pb.SecurityMode_INSECURE,
+		Devices:         s.op.devices,
 		NoNewPrivileges: false, // sudo works in a build step, as it does in BuildKit's
 		CgroupParent:    cmp.Or(meta.CgroupParent, deps.DefaultCgroupParent),
 		Resources:       resources(s.op.res),

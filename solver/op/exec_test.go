@@ -615,7 +615,7 @@ func TestExecRefused(t *testing.T) {
 		{func(o *pb.ExecOp) { o.Mounts[0].Output = 1 }, "lacks output 0"},
 		{func(o *pb.ExecOp) { o.Mounts[0].Selector = "/x" }, "not supported yet: /x"},
 		{func(o *pb.ExecOp) { o.Mounts[0].ResultID = "r" }, "not supported yet: r"},
-		{func(o *pb.ExecOp) { o.CdiDevices = []*pb.CDIDevice{{Name: "v.com/gpu=0"}} }, "not supported yet: v.com/gpu=0"},
+		{func(o *pb.ExecOp) { o.CdiDevices = []*pb.CDIDevice{{Name: "v.com/gpu=0"}} }, `required device "v.com/gpu=0" is not here`},
 		{func(o *pb.ExecOp) { o.Network = 9 }, "not supported yet: 9"},
 		{func(o *pb.ExecOp) { o.Security = 9 }, "not supported yet: 9"},
 		{func(o *pb.ExecOp) {

@@ -41,6 +41,9 @@ func (s *step) failure(ctx context.Context, err error) error {
 			continue
 		}
 		left, cerr := mnt.Commit(ctx)
+		if ctx.Err() != nil {
+			return err // nobody waits for it any more
+		}
 		if cerr != nil {
 			s.env.Progress.Warn(fmt.Sprintf("what the command has left in %s could not be kept: %v", m.Dest, cerr))
 			continue
@@ -55,8 +58,10 @@ func (s *step) failure(ctx context.Context, err error) error {
 	if merr == nil {
 		merr = s.op.deps.KeepFailed(ctx, kept)
 	}
-	if merr != nil {
+	if merr != nil && ctx.Err() == nil {
 		s.env.Progress.Warn(fmt.Sprintf("what the command has left is not kept: %v", merr))
+	}
+	if merr != nil {
 		return failed
 	}
 	failed.InputIDs, failed.MountIDs = kept.InputIDs(), kept.MountIDs()

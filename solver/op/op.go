@@ -55,6 +55,8 @@ type Deps struct {
 	Allowed func(env *solver.Env, entitlement string) bool
 	// ExtraCA are authorities that steps trust besides those of their images; nil means none.
 	ExtraCA *ExtraCA
+	// Devices finds CDI devices of the host; nil when there are none.
+	Devices Devices
 	// BinfmtDir is where the kernel shows its handlers for foreign programs; "" means where it does.
 	BinfmtDir string
 	// KeepFailed keeps what a failed process has left, as cache.Store.KeepFailed does; nil keeps nothing.

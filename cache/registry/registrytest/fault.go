@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing/iotest"
+	"time"
 )
 
 var discard = log.New(io.Discard, "", 0)
@@ -29,6 +30,7 @@ const (
 	Short     Kind = "short"     // half of the body, told as all of it
 	Corrupt   Kind = "corrupt"   // one byte changed
 	WrongName Kind = "wrongname" // another Docker-Content-Digest
+	Slow      Kind = "slow"      // the body in many pieces, with pauses
 )
 
 // Fault breaks requests on their way to a registry.
@@ -135,6 +137,13 @@ func (r *recorder) send(w http.ResponseWriter, kind Kind) {
 		w.Header().Set("Docker-Content-Digest", "sha256:"+strings.Repeat("0", 64))
 	}
 	w.WriteHeader(r.status)
+	for kind == Slow && len(body) > 0 {
+		n := min(len(body), 4<<10)
+		_, _ = w.Write(body[:n])
+		body = body[n:]
+		_ = http.NewResponseController(w).Flush()
+		time.Sleep(time.Millisecond)
+	}
 	_, _ = w.Write(body)
 	if kind == Truncate {
 		if f, ok := w.(http.Flusher); ok {

