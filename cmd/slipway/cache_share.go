@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,7 +28,9 @@ import (
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/cache/share/s3"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
+	"github.com/seed-68981b69/slipway/solver/op"
 )
 
 const cachePlaceHelp = "A cache is named as for --cache-from and --cache-to of build: REF, or type=registry,ref=REF, type=local,src=DIR (dest=DIR), …"
@@ -188,6 +191,17 @@ func readCache(ctx context.Context, o *inspectOptions, spec bkclient.CacheOption
 			return nil, 0, err
 		}
 		backend = share.OpenContent(store, desc.Digest)
+	case "s3":
+		opts, _, err := s3.ParseOptions(spec.Attrs)
+		if err != nil {
+			return nil, 0, err
+		}
+		bucket, err := s3.New(opts)
+		if err != nil {
+			return nil, 0, err
+		}
+		defer bucket.Close()
+		backend, name = bucket, cmp.Or(spec.Attrs["name"], "main")
 	default:
 		return nil, 0, fmt.Errorf("a cache of type %s cannot be inspected: not supported", spec.Type)
 	}
@@ -216,10 +230,8 @@ func (a *app) inspectCache(ctx context.Context, o *inspectOptions, spec bkclient
 		return enc.Encode(d)
 	}
 	var layers int64
-	for _, l := range d.Layers {
-		if l.Blob != nil {
-			layers += l.Blob.Size
-		}
+	for i := range d.Layers {
+		layers += layerSize(&d.Layers[i])
 	}
 	steps := cachedSteps(d)
 	fmt.Fprintf(a.stdout(), "%d steps, %d layers of %s, document of %s\n\n", len(steps), len(d.Layers), units.HumanSize(float64(layers)), units.HumanSize(float64(size)))
@@ -229,8 +241,8 @@ func (a *app) inspectCache(ctx context.Context, o *inspectOptions, spec bkclient
 	for _, r := range steps {
 		var own int64 // of the layers that the step itself has most likely made: the topmost ones
 		for _, out := range r.Outputs {
-			if n := len(out); n > 0 && d.Layers[out[n-1]].Blob != nil {
-				own += d.Layers[out[n-1]].Blob.Size
+			if n := len(out); n > 0 {
+				own += layerSize(&d.Layers[out[n-1]])
 			}
 		}
 		used := "-"
@@ -240,7 +252,31 @@ func (a *app) inspectCache(ctx context.Context, o *inspectOptions, spec bkclient
 		fmt.Fprintf(w, "%s\t%s ago\t%s\t%s\t%s\t%.12s\n", shortName(r.Step), units.HumanDuration(now.Sub(r.Created)), used,
 			r.Duration.Round(time.Millisecond), units.HumanSize(float64(own)), r.Build)
 	}
+	if len(d.Mounts) > 0 {
+		fmt.Fprintln(w, "\nMOUNT\tUSED\tFILES\tCONTENT\tSIZE")
+	}
+	for _, m := range d.Mounts {
+		var size int64
+		for _, desc := range m.Content.Blobs() {
+			size += desc.Size
+		}
+		fmt.Fprintf(w, "%s\t%s ago\t%d\t%s\t%s\n", op.MountName(m.ID), units.HumanDuration(now.Sub(time.Unix(m.Used, 0))), m.Files,
+			units.HumanSize(float64(m.Bytes)), units.HumanSize(float64(size)))
+	}
 	return w.Flush()
+}
+
+// layerSize is what a layer takes in the cache. What it shares with others as chunks counts for each.
+func layerSize(l *share.Layer) (size int64) {
+	if l.Blob != nil {
+		return l.Blob.Size
+	}
+	if l.Chunks != nil {
+		for _, desc := range l.Chunks.Blobs() {
+			size += desc.Size
+		}
+	}
+	return size
 }
 
 func shortName(s record.Step) string {

@@ -19,34 +19,39 @@ import (
 // allMounts stands for every cache mount that the build has.
 const allMounts = "all"
 
-// mountIDs are the IDs of the build's cache mounts that are wanted, and the names that none of them has.
-func (e *exporting) mountIDs(x *Exports) (ids, unknown []string) {
-	named := map[string]bool{}
-	x.build.Ops(func(o *pb.Op) {
-		for _, id := range op.MountIDs(o) {
-			name := op.MountName(id)
-			for _, want := range []string{id, name, allMounts} {
-				if slices.Contains(e.spec.Mounts, want) {
-					named[want] = true
-					if !slices.Contains(ids, id) {
-						ids = append(ids, id)
-					}
-				}
+// mountIDs are the IDs that are wanted of the build's cache mounts, or of all when everything is exported, and the names that none of them has.
+func (e *exporting) mountIDs(x *Exports) (ids, unknown []string, err error) {
+	var all []string
+	if x.whole {
+		if all, err = x.caches.deps.Mounts.IDs(); err != nil {
+			return nil, nil, err
+		}
+	}
+	x.build.Ops(func(o *pb.Op) { all = append(all, op.MountIDs(o)...) })
+	named := map[string]bool{allMounts: true}
+	for _, id := range all {
+		for _, want := range []string{id, op.MountName(id), allMounts} {
+			if slices.Contains(e.spec.Mounts, want) {
+				named[want] = true
+				ids = append(ids, id)
 			}
 		}
-	})
+	}
 	for _, want := range e.spec.Mounts {
-		if !named[want] && want != allMounts {
+		if !named[want] {
 			unknown = append(unknown, want)
 		}
 	}
 	slices.Sort(ids)
-	return ids, unknown
+	return slices.Compact(ids), unknown, nil
 }
 
 // mounts exports the content of the build's cache mounts as far as it is here. What other builds write to them meanwhile is left out.
 func (e *exporting) mounts(x *Exports, progress solver.Progress) error {
-	ids, unknown := e.mountIDs(x)
+	ids, unknown, err := e.mountIDs(x)
+	if err != nil {
+		return err
+	}
 	if len(unknown) > 0 {
 		progress.Warn(fmt.Sprintf("no step of this build has a cache mount called %s", strings.Join(unknown, ", ")))
 	}

@@ -79,6 +79,22 @@ type MountContent struct {
 	n        int
 }
 
+// IDs returns the IDs of all cache mounts that are here.
+func (c *CacheMounts) IDs() ([]string, error) {
+	tops, err := os.ReadDir(c.dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("cache mounts: %w", err)
+	}
+	var ids []string
+	for _, top := range tops {
+		if info, err := readCacheMount(filepath.Join(c.dir, top.Name())); err == nil {
+			ids = append(ids, info.ID)
+		}
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
 // Contents returns the cache mounts that are here and have one of the IDs: of each the copy that was used last. Mounts of one ID that began with
 // different files are different mounts; of those only the latest is taken, and what was used at or after the time since.
 func (c *CacheMounts) Contents(ids []string, since time.Time) ([]MountContent, error) {

@@ -135,6 +135,9 @@ func TestMountContents(t *testing.T) {
 	if len(list) != 1 || list[0].From != "new" || list[0].n != 1 {
 		t.Fatalf("got %+v", list)
 	}
+	if ids, err := c.IDs(); err != nil || !slices.Equal(ids, []string{"go", "npm"}) {
+		t.Errorf("IDs %q, %v", ids, err)
+	}
 	if all := contents(time.Time{}, "go", "npm", "none"); len(all) != 3 {
 		t.Errorf("got %+v", all)
 	}
