@@ -59,6 +59,8 @@ type build struct {
 	// output is what is made instead of an image in the local store, in the words that slipway and BuildKit share: "type=oci,…". Only an
 	// archiver knows it.
 	output string
+	// cacheFrom and cacheTo are shared caches, in the words that slipway and BuildKit share. Only an archiver knows them.
+	cacheFrom, cacheTo string
 }
 
 // archiver is a builder that can make archives, and build from them.

@@ -82,6 +82,12 @@ func (o *buildkitBuilds) build(b build) *exec.Cmd {
 	if b.base != "" {
 		args = append(args, "--oci-layout", "base="+b.base, "--opt", "context:base=oci-layout://base@"+layoutDigest(b.base))
 	}
+	if b.cacheFrom != "" {
+		args = append(args, "--import-cache", b.cacheFrom)
+	}
+	if b.cacheTo != "" {
+		args = append(args, "--export-cache", b.cacheTo)
+	}
 	return exec.Command(o.ctl, args...)
 }
 

@@ -98,6 +98,12 @@ func (o *slipwayBuilds) build(b build) *exec.Cmd {
 	if b.base != "" {
 		args = append(args, "--build-context", "base=oci-layout://"+b.base)
 	}
+	if b.cacheFrom != "" {
+		args = append(args, "--cache-from", b.cacheFrom)
+	}
+	if b.cacheTo != "" {
+		args = append(args, "--cache-to", b.cacheTo)
+	}
 	return o.command(append(args, b.dir)...)
 }
 

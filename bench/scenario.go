@@ -55,7 +55,7 @@ type contestant struct {
 var scenarios = []*scenario{
 	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, fanout8, copyFrom, concurrent2, concurrent8,
 	exportPlain, exportGzip, exportZstd, exportAgain, push1GB, pushPipelined, pullGzip, pullZstd,
-	goCold, goChange, goMounts, runTrue, cliStart, daemonStart, idle, du, prune,
+	goCold, goChange, goMounts, remoteNoop, remoteChange, runTrue, cliStart, daemonStart, idle, du, prune,
 }
 
 func names() []string {
