@@ -31,9 +31,10 @@ import (
 
 const (
 	routerNIC = 1
-	// maxConnecting bounds connections that containers are making, maxSessions the UDP sockets that they have open.
+	// maxConnecting bounds connections that containers are making, maxSessions those that they have, UDP's included: each costs the
+	// engine two descriptors at most.
 	maxConnecting = 1024
-	maxSessions   = 1024
+	maxSessions   = 4096
 	dnsPort       = 53
 )
 
@@ -54,7 +55,7 @@ type router struct {
 	work   sync.WaitGroup
 
 	mu       sync.Mutex // guards sessions and closed
-	sessions int
+	sessions int        // TCP's and UDP's
 	closed   bool
 }
 
@@ -139,15 +140,21 @@ func (r *router) close() {
 	r.work.Wait()
 }
 
-// begin counts one more piece of work, unless the router has ended.
-func (r *router) begin(f func()) bool {
+// begin counts one more session, unless there are too many or the router has ended. The function ends it.
+func (r *router) begin() (end func(), ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
-		return false
+	if r.closed || r.sessions >= maxSessions {
+		return nil, false
 	}
-	r.work.Go(f)
-	return true
+	r.sessions++
+	r.work.Add(1)
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.sessions--
+		r.work.Done()
+	}, true
 }
 
 // target is where a packet goes; ok is false for what no container may reach by us: this host's loopback, which it can only mean
@@ -175,6 +182,12 @@ func (r *router) takeTCP(req *tcp.ForwarderRequest) {
 		req.Complete(true)
 		return
 	}
+	end, ok := r.begin()
+	if !ok {
+		req.Complete(true)
+		return
+	}
+	defer end()
 	var server net.Conn
 	if !dns {
 		var err error
@@ -183,31 +196,21 @@ func (r *router) takeTCP(req *tcp.ForwarderRequest) {
 			req.Complete(true)
 			return
 		}
+		defer server.Close()
 	}
 	var wq waiter.Queue
 	ep, terr := req.CreateEndpoint(&wq)
 	req.Complete(terr != nil)
 	if terr != nil {
-		if server != nil {
-			server.Close()
-		}
 		return
 	}
 	ep.SocketOptions().SetKeepAlive(true)
 	client := gonet.NewTCPConn(&wq, ep)
-	started := r.begin(func() {
-		if dns {
-			(&dnsForwarder{upstream: r.upstream}).forwardTCP(r.ctx, client)
-			return
-		}
-		relay(r.ctx, client, server.(*net.TCPConn))
-	})
-	if !started {
-		client.Close()
-		if server != nil {
-			server.Close()
-		}
+	if dns {
+		(&dnsForwarder{upstream: r.upstream}).forwardTCP(r.ctx, client)
+		return
 	}
+	relay(r.ctx, client, server.(*net.TCPConn))
 }
 
 // halfConn is a connection whose directions end one by one.
@@ -240,19 +243,12 @@ func relay(ctx context.Context, a, b halfConn) {
 // takeUDP begins a session: what a container sends from one port to one address, and the answers. The stack waits for it.
 func (r *router) takeUDP(req *udp.ForwarderRequest) {
 	to, dns, ok := r.target(req.ID())
-	r.mu.Lock()
-	full := r.sessions >= maxSessions
-	if ok && !full {
-		r.sessions++
-	}
-	r.mu.Unlock()
-	if !ok || full {
+	if !ok {
 		return
 	}
-	end := func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.sessions--
+	end, ok := r.begin()
+	if !ok {
+		return
 	}
 	var wq waiter.Queue
 	ep, terr := req.CreateEndpoint(&wq)
@@ -261,7 +257,7 @@ func (r *router) takeUDP(req *udp.ForwarderRequest) {
 		return
 	}
 	client := gonet.NewUDPConn(&wq, ep)
-	if !r.begin(func() {
+	go func() {
 		defer end()
 		defer client.Close()
 		if dns {
@@ -269,10 +265,7 @@ func (r *router) takeUDP(req *udp.ForwarderRequest) {
 			return
 		}
 		r.relayUDP(client, to)
-	}) {
-		end()
-		client.Close()
-	}
+	}()
 }
 
 // answer passes questions for names on, one after the other: a resolver uses another port for each.
