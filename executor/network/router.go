@@ -74,31 +74,45 @@ func newRouter(fd int, address netip.Addr, subnet netip.Prefix, mtu uint32, upst
 	})
 	r := &router{log: log, stack: s, address: address, subnet: subnet, upstream: upstream}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	if err := r.configure(newNoPing(link, address)); err != nil {
+	if err := r.configure(newSieve(link, address)); err != nil {
 		r.close()
 		return nil, fmt.Errorf("router: %w", err)
 	}
 	return r, nil
 }
 
-// noPing is a link without echo requests to other addresses than the router's: the stack, which takes the packets for every
-// address, would answer them, and a host that does not exist would seem to be there.
-type noPing struct {
+// sieve is a link without what the stack must not see, as it takes the packets for every address: frames for others, which a
+// bridge sends everywhere until it knows where they live, questions where other addresses than the router's live, which it would claim, and echo requests to
+// them, which it would answer, so that a host that does not exist would seem to be there.
+type sieve struct {
 	nested.Endpoint
 	router tcpip.Address
 }
 
-func newNoPing(link stack.LinkEndpoint, router netip.Addr) *noPing {
-	e := &noPing{router: tcpip.AddrFrom4(router.As4())}
+func newSieve(link stack.LinkEndpoint, router netip.Addr) *sieve {
+	e := &sieve{router: tcpip.AddrFrom4(router.As4())}
 	e.Init(link, e)
 	return e
 }
 
 // DeliverNetworkPacket implements stack.NetworkDispatcher.
-func (e *noPing) DeliverNetworkPacket(protocol tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
-	if protocol == ipv4.ProtocolNumber {
+func (e *sieve) DeliverNetworkPacket(protocol tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
+	frame := header.Ethernet(pkt.LinkHeader().Slice())
+	if len(frame) < header.EthernetMinimumSize {
+		return
+	}
+	if to := frame.DestinationAddress(); to != routerMAC && to != header.EthernetBroadcastAddress {
+		return
+	}
+	switch protocol {
+	case ipv4.ProtocolNumber:
 		b, ok := pkt.Data().PullUp(header.IPv4MinimumSize)
 		if ip := header.IPv4(b); ok && ip.Protocol() == uint8(header.ICMPv4ProtocolNumber) && ip.DestinationAddress() != e.router {
+			return
+		}
+	case arp.ProtocolNumber:
+		b, ok := pkt.Data().PullUp(header.ARPSize)
+		if ok && tcpip.AddrFrom4Slice(header.ARP(b).ProtocolAddressTarget()) != e.router {
 			return
 		}
 	}
@@ -107,6 +121,10 @@ func (e *noPing) DeliverNetworkPacket(protocol tcpip.NetworkProtocolNumber, pkt 
 
 func (r *router) configure(link stack.LinkEndpoint) error {
 	s := r.stack
+	// Before there is an interface: packets come from then on.
+	s.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(s, 0, maxConnecting, r.takeTCP).HandlePacket)
+	s.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(s, r.takeUDP).HandlePacket)
+	s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: routerNIC}})
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	address := tcpip.ProtocolAddress{
 		Protocol:          ipv4.ProtocolNumber,
@@ -125,9 +143,6 @@ func (r *router) configure(link stack.LinkEndpoint) error {
 			return errors.New(err.String())
 		}
 	}
-	s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: routerNIC}})
-	s.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(s, 0, maxConnecting, r.takeTCP).HandlePacket)
-	s.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(s, r.takeUDP).HandlePacket)
 	return nil
 }
 
