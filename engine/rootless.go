@@ -86,5 +86,8 @@ func (e *Engine) limits() string {
 	if reason := e.executor.NoLimits(); reason != "" {
 		return "none (" + reason + ")"
 	}
-	return "cgroups"
+	if !userns.Inside() {
+		return "cgroups"
+	}
+	return fmt.Sprintf("cgroups, with the controllers %q", e.executor.Controllers())
 }

@@ -110,6 +110,9 @@ func (a *app) startStandalone(ctx context.Context) (net.Conn, dialFunc, error) {
 	if a.maxMemory > 0 {
 		args = append(args, "--max-memory", strconv.FormatInt(int64(a.maxMemory), 10))
 	}
+	for _, file := range a.extraCA {
+		args = append(args, "--extra-ca", file)
+	}
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = "slipway"
 	cmd.Env = daemonEnv(os.Environ())

@@ -31,9 +31,10 @@ import (
 
 const (
 	routerNIC = 1
-	// maxConnecting bounds connections that containers are making, maxSessions the UDP sockets that they have open.
+	// maxConnecting bounds connections that containers are making, maxSessions those that they have, UDP's included: each costs the
+	// engine two descriptors at most.
 	maxConnecting = 1024
-	maxSessions   = 1024
+	maxSessions   = 4096
 	dnsPort       = 53
 )
 
@@ -54,7 +55,7 @@ type router struct {
 	work   sync.WaitGroup
 
 	mu       sync.Mutex // guards sessions and closed
-	sessions int
+	sessions int        // TCP's and UDP's
 	closed   bool
 }
 
@@ -73,31 +74,45 @@ func newRouter(fd int, address netip.Addr, subnet netip.Prefix, mtu uint32, upst
 	})
 	r := &router{log: log, stack: s, address: address, subnet: subnet, upstream: upstream}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	if err := r.configure(newNoPing(link, address)); err != nil {
+	if err := r.configure(newSieve(link, address)); err != nil {
 		r.close()
 		return nil, fmt.Errorf("router: %w", err)
 	}
 	return r, nil
 }
 
-// noPing is a link without echo requests to other addresses than the router's: the stack, which takes the packets for every
-// address, would answer them, and a host that does not exist would seem to be there.
-type noPing struct {
+// sieve is a link without what the stack must not see, as it takes the packets for every address: frames for others, which a
+// bridge sends everywhere until it knows where they live, questions where other addresses than the router's live, which it would claim, and echo requests to
+// them, which it would answer, so that a host that does not exist would seem to be there.
+type sieve struct {
 	nested.Endpoint
 	router tcpip.Address
 }
 
-func newNoPing(link stack.LinkEndpoint, router netip.Addr) *noPing {
-	e := &noPing{router: tcpip.AddrFrom4(router.As4())}
+func newSieve(link stack.LinkEndpoint, router netip.Addr) *sieve {
+	e := &sieve{router: tcpip.AddrFrom4(router.As4())}
 	e.Init(link, e)
 	return e
 }
 
 // DeliverNetworkPacket implements stack.NetworkDispatcher.
-func (e *noPing) DeliverNetworkPacket(protocol tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
-	if protocol == ipv4.ProtocolNumber {
+func (e *sieve) DeliverNetworkPacket(protocol tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
+	frame := header.Ethernet(pkt.LinkHeader().Slice())
+	if len(frame) < header.EthernetMinimumSize {
+		return
+	}
+	if to := frame.DestinationAddress(); to != routerMAC && to != header.EthernetBroadcastAddress {
+		return
+	}
+	switch protocol {
+	case ipv4.ProtocolNumber:
 		b, ok := pkt.Data().PullUp(header.IPv4MinimumSize)
 		if ip := header.IPv4(b); ok && ip.Protocol() == uint8(header.ICMPv4ProtocolNumber) && ip.DestinationAddress() != e.router {
+			return
+		}
+	case arp.ProtocolNumber:
+		b, ok := pkt.Data().PullUp(header.ARPSize)
+		if ok && tcpip.AddrFrom4Slice(header.ARP(b).ProtocolAddressTarget()) != e.router {
 			return
 		}
 	}
@@ -106,6 +121,10 @@ func (e *noPing) DeliverNetworkPacket(protocol tcpip.NetworkProtocolNumber, pkt 
 
 func (r *router) configure(link stack.LinkEndpoint) error {
 	s := r.stack
+	// Before there is an interface: packets come from then on.
+	s.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(s, 0, maxConnecting, r.takeTCP).HandlePacket)
+	s.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(s, r.takeUDP).HandlePacket)
+	s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: routerNIC}})
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	address := tcpip.ProtocolAddress{
 		Protocol:          ipv4.ProtocolNumber,
@@ -124,9 +143,6 @@ func (r *router) configure(link stack.LinkEndpoint) error {
 			return errors.New(err.String())
 		}
 	}
-	s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: routerNIC}})
-	s.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(s, 0, maxConnecting, r.takeTCP).HandlePacket)
-	s.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(s, r.takeUDP).HandlePacket)
 	return nil
 }
 
@@ -139,15 +155,21 @@ func (r *router) close() {
 	r.work.Wait()
 }
 
-// begin counts one more piece of work, unless the router has ended.
-func (r *router) begin(f func()) bool {
+// begin counts one more session, unless there are too many or the router has ended. The function ends it.
+func (r *router) begin() (end func(), ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
-		return false
+	if r.closed || r.sessions >= maxSessions {
+		return nil, false
 	}
-	r.work.Go(f)
-	return true
+	r.sessions++
+	r.work.Add(1)
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.sessions--
+		r.work.Done()
+	}, true
 }
 
 // target is where a packet goes; ok is false for what no container may reach by us: this host's loopback, which it can only mean
@@ -175,6 +197,12 @@ func (r *router) takeTCP(req *tcp.ForwarderRequest) {
 		req.Complete(true)
 		return
 	}
+	end, ok := r.begin()
+	if !ok {
+		req.Complete(true)
+		return
+	}
+	defer end()
 	var server net.Conn
 	if !dns {
 		var err error
@@ -183,31 +211,21 @@ func (r *router) takeTCP(req *tcp.ForwarderRequest) {
 			req.Complete(true)
 			return
 		}
+		defer server.Close()
 	}
 	var wq waiter.Queue
 	ep, terr := req.CreateEndpoint(&wq)
 	req.Complete(terr != nil)
 	if terr != nil {
-		if server != nil {
-			server.Close()
-		}
 		return
 	}
 	ep.SocketOptions().SetKeepAlive(true)
 	client := gonet.NewTCPConn(&wq, ep)
-	started := r.begin(func() {
-		if dns {
-			(&dnsForwarder{upstream: r.upstream}).forwardTCP(r.ctx, client)
-			return
-		}
-		relay(r.ctx, client, server.(*net.TCPConn))
-	})
-	if !started {
-		client.Close()
-		if server != nil {
-			server.Close()
-		}
+	if dns {
+		(&dnsForwarder{upstream: r.upstream}).forwardTCP(r.ctx, client)
+		return
 	}
+	relay(r.ctx, client, server.(*net.TCPConn))
 }
 
 // halfConn is a connection whose directions end one by one.
@@ -240,19 +258,12 @@ func relay(ctx context.Context, a, b halfConn) {
 // takeUDP begins a session: what a container sends from one port to one address, and the answers. The stack waits for it.
 func (r *router) takeUDP(req *udp.ForwarderRequest) {
 	to, dns, ok := r.target(req.ID())
-	r.mu.Lock()
-	full := r.sessions >= maxSessions
-	if ok && !full {
-		r.sessions++
-	}
-	r.mu.Unlock()
-	if !ok || full {
+	if !ok {
 		return
 	}
-	end := func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.sessions--
+	end, ok := r.begin()
+	if !ok {
+		return
 	}
 	var wq waiter.Queue
 	ep, terr := req.CreateEndpoint(&wq)
@@ -261,7 +272,7 @@ func (r *router) takeUDP(req *udp.ForwarderRequest) {
 		return
 	}
 	client := gonet.NewUDPConn(&wq, ep)
-	if !r.begin(func() {
+	go func() {
 		defer end()
 		defer client.Close()
 		if dns {
@@ -269,10 +280,7 @@ func (r *router) takeUDP(req *udp.ForwarderRequest) {
 			return
 		}
 		r.relayUDP(client, to)
-	}) {
-		end()
-		client.Close()
-	}
+	}()
 }
 
 // answer passes questions for names on, one after the other: a resolver uses another port for each.

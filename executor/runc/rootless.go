@@ -77,7 +77,12 @@ func delegated(parent string) (controllers []string, reason string) {
 	if err := unix.Access(filepath.Join(dirs[0], "cgroup.procs"), unix.W_OK); err != nil {
 		return nil, fmt.Sprintf("%s: %s is not writable", remedy, dirs[0])
 	}
-	b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	// What is there can be given to those below when the file that says so is ours.
+	from := dir
+	if unix.Access(filepath.Join(dirs[0], "cgroup.subtree_control"), unix.W_OK) == nil {
+		from = dirs[0]
+	}
+	b, err := os.ReadFile(filepath.Join(from, "cgroup.controllers"))
 	if err != nil {
 		return nil, fmt.Sprintf("%s: %v", remedy, err)
 	}
@@ -90,6 +95,14 @@ func (r *Runc) NoLimits() string {
 		return ""
 	}
 	return r.host.UserNamespace.NoCgroups
+}
+
+// Controllers are the cgroup controllers that containers have limits by in a user namespace; nil where that is no question.
+func (r *Runc) Controllers() []string {
+	if r.host.UserNamespace == nil {
+		return nil
+	}
+	return r.host.UserNamespace.Controllers
 }
 
 // adapt changes the spec of a container to what the namespace allows. A nil namespace allows everything.

@@ -174,6 +174,9 @@ func readStart() (start, *os.File, error) {
 // enter makes the mounts private, so that nothing of ours appears outside while what is mounted outside appears here, and
 // mounts a /proc for the PID namespace.
 func enter() error {
+	if !Inside() {
+		return errors.New("this is the host's: the name is for this program's own use")
+	}
 	s, pipe, err := readStart()
 	if err != nil {
 		return err
