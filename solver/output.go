@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"iter"
 	"os"
 	"slices"
 	"sync"
@@ -37,6 +38,7 @@ type output struct {
 	listeners []*listener
 	recent    []chunk // the end of the log, at most replayBytes
 	recentLen int
+	logged    int  // bytes of the whole log
 	cut       bool // recent is not the whole log
 	statuses  []client.VertexStatus
 	warnings  []string
@@ -47,7 +49,9 @@ type output struct {
 type listener struct {
 	display *display
 	vertex  *Vertex
-	users   int // evaluations of that build that wait
+	users   int // evaluations of that build that wait; nothing is shown while there are none
+	// logged and warned are how much of the log, in bytes, and how many warnings had been shown when the last of them left.
+	logged, warned int
 }
 
 type chunk struct {
@@ -66,13 +70,14 @@ func (o *output) Log(stream int, data []byte) {
 	o.log.write(data)
 	o.recent = append(o.recent, chunk{stream, data})
 	o.recentLen += len(data)
+	o.logged += len(data)
 	for len(o.recent) > 1 && o.recentLen > replayBytes {
 		o.recentLen -= len(o.recent[0].data)
 		o.recent[0] = chunk{}
 		o.recent = o.recent[1:]
 		o.cut = true
 	}
-	for _, l := range o.listeners {
+	for l := range o.waiting() {
 		l.display.log(l.vertex, stream, data)
 	}
 }
@@ -93,7 +98,7 @@ func (o *output) Status(id string, current, total int64, done bool) {
 		now := time.Now()
 		st.Completed = &now
 	}
-	for _, l := range o.listeners {
+	for l := range o.waiting() {
 		l.display.status(l.vertex, *st)
 	}
 }
@@ -103,8 +108,19 @@ func (o *output) Warn(short string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.warnings = append(o.warnings, short)
-	for _, l := range o.listeners {
+	for l := range o.waiting() {
 		l.display.warn(l.vertex, short)
+	}
+}
+
+// waiting are the listeners that are to see what comes now. mu is held.
+func (o *output) waiting() iter.Seq[*listener] {
+	return func(yield func(*listener) bool) {
+		for _, l := range o.listeners {
+			if l.users > 0 && !yield(l) {
+				return
+			}
+		}
 	}
 }
 
@@ -112,22 +128,30 @@ func (o *output) Warn(short string) {
 func (o *output) join(d *display, v *Vertex) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if i := o.find(d, v); i >= 0 {
-		o.listeners[i].users++
+	i := o.find(d, v)
+	if i < 0 {
+		i = len(o.listeners)
+		o.listeners = append(o.listeners, &listener{display: d, vertex: v})
+	}
+	l := o.listeners[i]
+	if l.users++; l.users > 1 {
 		return
 	}
-	o.listeners = append(o.listeners, &listener{display: d, vertex: v, users: 1})
 	for _, st := range o.statuses {
 		d.status(v, st)
 	}
-	for _, w := range o.warnings {
+	for _, w := range o.warnings[l.warned:] {
 		d.warn(v, w)
 	}
-	if o.cut {
+	if o.cut && l.logged == 0 {
 		d.log(v, 2, []byte("[slipway: this step was already running for another build; its earlier output is in the stored log]\n"))
 	}
+	end := o.logged - o.recentLen
 	for _, c := range o.recent {
-		d.log(v, c.stream, c.data)
+		end += len(c.data)
+		if missed := end - l.logged; missed > 0 {
+			d.log(v, c.stream, c.data[max(len(c.data)-missed, 0):])
+		}
 	}
 }
 
@@ -136,8 +160,9 @@ func (o *output) leave(d *display, v *Vertex) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if i := o.find(d, v); i >= 0 {
-		if o.listeners[i].users--; o.listeners[i].users == 0 {
-			o.listeners = slices.Delete(o.listeners, i, i+1)
+		l := o.listeners[i]
+		if l.users--; l.users == 0 {
+			l.logged, l.warned = o.logged, len(o.warnings)
 		}
 	}
 }

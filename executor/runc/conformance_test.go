@@ -150,7 +150,9 @@ func (c *conformance) process() {
 		mode, filters = 2, 1
 	}
 	c.equal("seccomp mode and filters", [2]int{mode, filters}, [2]int{got.Seccomp, got.Filters})
-	c.equal("signals blocked and ignored", [2]uint64{}, [2]uint64{got.SigBlocked, got.SigIgnored})
+	// Signals 32 and 33 belong to the C library, and whoever has started the tests may have ignored them (make does): nobody can ask for more.
+	const reserved = 1<<31 | 1<<32
+	c.equal("signals blocked and ignored", [2]uint64{}, [2]uint64{got.SigBlocked, got.SigIgnored &^ reserved})
 	c.equal("umask", uint32(0o022), got.Umask)
 	priority, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
 	if err != nil {
