@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 )
 
@@ -111,7 +110,10 @@ func (b *bench) prepareGo(ctx context.Context, mount string) error {
 	if err := os.MkdirAll(top, 0o755); err != nil {
 		return err
 	}
-	root := goRoot()
+	root, err := goRoot()
+	if err != nil {
+		return err
+	}
 	for _, part := range []string{"bin", "pkg", "src", "VERSION", "go.env"} {
 		if err := runQuietly(ctx, exec.Command("cp", "-a", filepath.Join(root, part), top)); err != nil {
 			return fmt.Errorf("copy the Go toolchain: %w", err)
@@ -131,11 +133,12 @@ func (b *bench) prepareGo(ctx context.Context, mount string) error {
 }
 
 // goRoot is where the toolchain is that runs the bench.
-func goRoot() string {
-	if out, err := exec.Command("go", "env", "GOROOT").Output(); err == nil {
-		return strings.TrimSpace(string(out))
+func goRoot() (string, error) {
+	out, err := exec.Command("go", "env", "GOROOT").Output()
+	if err != nil {
+		return "", fmt.Errorf("find the Go toolchain: %w", err)
 	}
-	return runtime.GOROOT()
+	return strings.TrimSpace(string(out)), nil
 }
 
 func (b *bench) changeGo(n int) error {

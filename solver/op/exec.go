@@ -16,7 +16,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
+	"github.com/docker/go-units"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/util/system"
 	"github.com/opencontainers/go-digest"
@@ -741,6 +743,23 @@ func (s *step) narrow(ctx context.Context, in snapshot.Snapshot, view *snapshot.
 	return snapshot.Snapshot{id}, nil
 }
 
+// shownUsage is how long a process runs at least whose usage is shown: that of others would only be noise.
+const shownUsage = time.Second
+
+// usage is what a process has used, for the progress display. What the kernel does not count is left out.
+func usage(exit executor.Exit) string {
+	parts := []string{"used " + exit.CPUTime.Round(10*time.Millisecond).String() + " of processor time"}
+	for _, part := range []struct {
+		bytes int64
+		what  string
+	}{{exit.PeakMemoryBytes, "memory"}, {exit.ReadBytes, "read from disk"}, {exit.WrittenBytes, "written to disk"}} {
+		if part.bytes > 0 {
+			parts = append(parts, units.HumanSize(float64(part.bytes))+" "+part.what)
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
 // run runs the process to its end.
 func (s *step) run(ctx context.Context, spec executor.Spec) error {
 	deps := s.op.deps
@@ -763,6 +782,9 @@ func (s *step) run(ctx context.Context, spec executor.Spec) error {
 	}
 	s.env.ReportPeakMemory(exit.PeakMemoryBytes)
 	s.env.ReportUsage(exit.CPUTime, exit.ReadBytes, exit.WrittenBytes)
+	if exit.Ended.Sub(exit.Started) >= shownUsage {
+		s.env.Progress.Status(usage(exit), 0, 0, true)
+	}
 	valid := []int32{0}
 	if len(s.op.op.Meta.ValidExitCodes) > 0 {
 		valid = s.op.op.Meta.ValidExitCodes

@@ -75,14 +75,10 @@ func readFiles(paths []string) {
 	for _, p := range paths {
 		f, err := os.Open(p)
 		if err == nil {
-			var names []string
 			if st, statErr := f.Stat(); statErr == nil && st.IsDir() {
-				names, err = f.Readdirnames(1)
+				_, err = f.Readdirnames(1) // an empty one is at its end
 			} else {
 				_, err = f.Read(make([]byte, 1))
-			}
-			if err == nil && names == nil {
-				names = []string{"content"}
 			}
 			f.Close()
 		}
