@@ -6,6 +6,10 @@ RUNNER    := executor/runc/runner/slipway-runner
 TMP       := $(CURDIR)/.tmp
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BENCHSTAT := golang.org/x/perf/cmd/benchstat@latest
+SCENARIOS ?= noop-small,noop-50k,chain-60,fanout-8,run-true
+# The packages whose benchmarks are of hot paths: keys, records, look-ups in indexes, contexts, namespaces, containers.
+MICRO     := ./cache/record ./cache/index ./solver/source/local ./executor/network ./executor/runc
 GOFUMPT   := mvdan.cc/gofumpt@v0.12.0
 
 # What the build needs, what the tests need besides, and what the demo needs besides, from Debian.
@@ -15,7 +19,7 @@ BENCH_PACKAGES := busybox-static buildah runc
 DEMO_PACKAGES  := busybox-static mmdebstrap curl
 
 .DEFAULT_GOAL := help
-.PHONY: help build runner deps-build deps-test deps-demo deps-bench test race script realworld fuzz torture bench bench-store lint golden demo check clean
+.PHONY: help build runner deps-build deps-test deps-demo deps-bench test race script realworld fuzz torture bench bench-curves bench-compare bench-store lint golden demo check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +82,19 @@ torture: build deps-test ## kill slipway and store workers at random points, and
 
 bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 15 GB of disk, 20 minutes); writes .tmp/bench
 	@mkdir -p $(TMP) && $(GO) run ./bench -build-peers -dir $(TMP) -plant 10ms -out $(TMP)/bench
+
+bench-curves: build deps-bench ## draw time and memory against size: files, steps, layers, stages, records (10 minutes); writes .tmp/curves
+	@mkdir -p $(TMP) && $(GO) run ./bench -scenario none -curve all -peers none -dir $(TMP) -out $(TMP)/curves
+
+bench-compare: build deps-bench ## measure this tree beside another commit: make bench-compare REF=v1 [SCENARIOS=a,b]; writes .tmp/bench-compare
+	@[ -n "$(REF)" ] || { echo "make: which commit? make bench-compare REF=…" >&2; exit 1; }
+	@mkdir -p $(TMP)/bench-compare && git worktree add --force --detach $(TMP)/bench-ref $(REF) && \
+	{ $(MAKE) -C $(TMP)/bench-ref build && \
+	  $(GO) run ./bench -peers none -against $(TMP)/bench-ref/bin/slipway -scenario $(SCENARIOS) -dir $(TMP) -out $(TMP)/bench-compare && \
+	  (cd $(TMP)/bench-ref && $(GO) test -run '^$$' -bench . -benchmem -count 6 $(MICRO)) >$(TMP)/bench-compare/old.txt; \
+	  $(GO) test -run '^$$' -bench . -benchmem -count 6 $(MICRO) >$(TMP)/bench-compare/new.txt; \
+	  $(GO) run $(BENCHSTAT) $(TMP)/bench-compare/old.txt $(TMP)/bench-compare/new.txt | tee $(TMP)/bench-compare/benchstat.txt; }; \
+	status=$$?; git worktree remove --force $(TMP)/bench-ref; exit $$status
 
 bench-store: runner ## measure the store beside its floors (root, 8 GB of disk, 4 minutes); prints a table
 	@mkdir -p $(TMP) && dir=$$(mktemp -d $(TMP)/bench.XXXXXX) && \

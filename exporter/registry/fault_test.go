@@ -22,7 +22,7 @@ import (
 var guards = []registrytest.Options{
 	{},
 	{User: "mia", Password: "s3cret"},
-	{User: "mia", Password: "s3cret", Token: true, TokenUses: 6}, // tokens expire all the time
+	{User: "mia", Password: "s3cret", Token: true, TokenUses: 10}, // tokens expire all the time
 	{User: "mia", Password: "s3cret", TLS: true},
 	{User: "mia", Password: "s3cret", Token: true, TLS: true},
 }
