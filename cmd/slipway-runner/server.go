@@ -176,10 +176,10 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 		return failed(class, err)
 	}
 	pid, _ := p.Pid()
+	c.started(lc) // first: whoever hears of the start may join at once
 	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: pid})
 	paths := s.cgroupPaths(lc)
 	memory := watchMemory(paths)
-	c.started(lc)
 
 	state, err := p.Wait()
 	ev := wire.Event{Kind: wire.Exited, ID: req.ID, Code: 255}

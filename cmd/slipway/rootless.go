@@ -98,11 +98,18 @@ func (a *app) daemonInside(ctx context.Context) error {
 
 // startStandalone starts an engine for this command alone. It ends with the command, however that ends.
 func (a *app) startStandalone(ctx context.Context) (net.Conn, dialFunc, error) {
+	const name = "slipway.sock"
 	dir, err := os.MkdirTemp("", "slipway-")
+	if err == nil && len(filepath.Join(dir, name)) > maxSocketPath {
+		err = os.Remove(dir)
+		if err == nil {
+			dir, err = os.MkdirTemp("/tmp", "slipway-") // nobody else may enter it there either
+		}
+	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("start the engine: %w", err)
 	}
-	socket := filepath.Join(dir, "slipway.sock")
+	socket := filepath.Join(dir, name)
 	args := append(a.daemonArgs(socket, "0"), "--impatient")
 	if a.jobs > 0 {
 		args = append(args, "--jobs", strconv.Itoa(a.jobs))
