@@ -281,6 +281,7 @@ func TestOwnBuildKeepsItsOrder(t *testing.T) {
 		w.Durations = []time.Duration{time.Second}
 		var wg sync.WaitGroup
 		wg.Go(func() { build(w, s, "blocker", buildSpec{graph: lone(70)}, new(Screen)) })
+		synctest.Wait() // it has the slot: all steps of the other build are in the queue when it is given back
 		wg.Go(func() { build(w, s, "b", buildSpec{graph: g, noCache: true}, new(Screen)) })
 		wg.Wait()
 		order := names(w.Events())
