@@ -271,27 +271,20 @@ func (n *Network) heal() error {
 	return nil
 }
 
-// tearDown removes everything that carries our name. What is not there is no error.
+// tearDown removes everything that carries our name, cables that are on no bridge any more too: the kernel deletes
+// those with their namespaces, but when it likes. What is not there is no error.
 func (n *Network) tearDown() error {
-	errTable := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true))
-	bridge, err := netlink.LinkByName(n.bridgeName())
-	var notFound netlink.LinkNotFoundError
-	if errors.As(err, &notFound) {
-		return errTable
-	}
-	if err != nil {
-		return errors.Join(errTable, err)
-	}
-	links, err := dump(netlink.LinkList)
-	if err != nil {
-		err = fmt.Errorf("list links: %w", err)
+	err := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true))
+	links, errList := dump(netlink.LinkList)
+	if errList != nil {
+		err = errors.Join(err, fmt.Errorf("list links: %w", errList))
 	}
 	for _, l := range links {
-		if l.Attrs().MasterIndex == bridge.Attrs().Index {
+		if name := l.Attrs().Name; name == n.bridgeName() || strings.HasPrefix(name, n.linkPrefix()) {
 			err = errors.Join(err, deleteLink(l))
 		}
 	}
-	return errors.Join(errTable, err, deleteLink(bridge))
+	return err
 }
 
 // dump asks the kernel for a list until it was not changed while it was being read.
