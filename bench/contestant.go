@@ -64,8 +64,11 @@ func coldBuildingOf(one func(*bench) build) func(context.Context, *bench, peer) 
 		}
 		return &contestant{
 			name: p.name(),
-			before: func(ctx context.Context) (err error) {
-				o, err = bp.open(ctx, state, 0)
+			before: func(ctx context.Context) error {
+				opened, err := bp.open(ctx, state, 0)
+				if err == nil { // else what it returns is no builder
+					o = opened
+				}
 				return err
 			},
 			run: func(_ context.Context, c *calls) error {

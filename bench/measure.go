@@ -50,6 +50,8 @@ type measured struct {
 	Name    string   `json:"name"`
 	Version string   `json:"version"`
 	Samples []sample `json:"samples"`
+	// Slow says that the warm-up took longer than -slow, so that there is one sample, and no peak of memory.
+	Slow bool `json:"slow,omitempty"`
 	// PeakMemory is the largest sum of the memory of all processes (PSS: shared pages count once), in bytes, sampled in one
 	// more run that was not timed.
 	PeakMemory int64 `json:"peak_memory_bytes"`
@@ -167,9 +169,10 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 		for k := range all {
 			i := (k + n + 1) % len(all)
 			c, m := all[i], r.Contestants[i]
-			if n == b.runs && c.name == floorName {
+			if n == b.runs && c.name == floorName || n > 0 && m.Slow {
 				continue
 			}
+			begin := time.Now()
 			sample, peak, err := b.once(ctx, c, n == b.runs)
 			if err != nil {
 				return nil, fmt.Errorf("%s, round %d: %w", c.name, n, err)
@@ -182,9 +185,11 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 				m.Output = info.Size()
 			}
 			switch {
+			case n < 0:
+				m.Slow = i > 0 && time.Since(begin) > b.slow
 			case n == b.runs:
 				m.PeakMemory = peak
-			case n >= 0:
+			default:
 				m.Samples = append(m.Samples, sample)
 			}
 		}

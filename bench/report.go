@@ -117,6 +117,11 @@ func (r *result) table() string {
 			mean(m.quantities(func(s sample) float64 { return float64(s.Written) / 1e6 })))
 	}
 	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after.", len(ours.Samples), r.load, r.loadAfter)
+	for _, m := range r.Contestants {
+		if m.Slow {
+			fmt.Fprintf(&w, " %s: one run, it is slow here.", m.Name)
+		}
+	}
 	if k := r.find("buildkit"); k != nil && s.goal > 0 {
 		fmt.Fprintf(&w, " Goal: %g × faster than BuildKit; it is %s.", s.goal, ratioOf(k, ours))
 	}
