@@ -11,6 +11,10 @@ SCENARIOS ?= noop-small,noop-50k,chain-60,fanout-8,run-true
 # The packages whose benchmarks are of hot paths: keys, records, look-ups in indexes, contexts, namespaces, containers.
 MICRO     := ./cache/record ./cache/index ./solver/source/local ./executor/network ./executor/runc
 GOFUMPT   := mvdan.cc/gofumpt@v0.12.0
+GOTESTSUM := gotest.tools/gotestsum@v1.13.0
+# go-test runs the tests of the packages $(1) with the flags $(2). With RERUN=n (CI has 2) what fails is run again alone, at most n
+# times: a test that only a loaded machine makes fail is told, with what it printed, and one that is broken fails still.
+go-test = $(if $(RERUN),$(GO) run $(GOTESTSUM) --format standard-quiet --rerun-fails=$(RERUN) --rerun-fails-max-failures=5 --packages="$(1)" -- $(2),$(GO) test $(2) $(1))
 
 # What the build needs, what the tests need besides, and what the demo needs besides, from Debian.
 BUILD_PACKAGES := libseccomp-dev pkg-config gcc libc6-dev ca-certificates
@@ -55,10 +59,10 @@ build: runner ## build bin/slipway, installing the few packages that needs
 
 test: deps-test runner ## run all tests, installing what they need (as root: with containers and mounts)
 	@[ "$$(id -u)" = 0 ] || echo "make: NOT ROOT: everything that needs containers, mounts or namespaces will be SKIPPED" >&2
-	$(GO) test -timeout 30m ./...
+	$(call go-test,./...,-timeout 30m)
 
 race: deps-test runner ## run the tests of solver, cache and executor under the race detector
-	$(GO) test -timeout 30m -race $$($(GO) list ./solver/... ./cache/... ./executor/... | grep -v '/cache/share/\(chunk\|s3\)$$')
+	$(call go-test,$$($(GO) list ./solver/... ./cache/... ./executor/... | grep -v '/cache/share/\(chunk\|s3\)$$'),-timeout 30m -race)
 
 script: deps-test runner ## run the end-to-end scripts only
 	$(GO) test -count=1 -run 'TestScript' ./cmd/slipway

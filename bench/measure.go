@@ -50,7 +50,7 @@ type measured struct {
 	Name    string   `json:"name"`
 	Version string   `json:"version"`
 	Samples []sample `json:"samples"`
-	// Slow says that the warm-up took longer than -slow, so that there is one sample, and no peak of memory.
+	// Slow says that the first run took longer than -slow, so that there is one sample, and no peak of memory.
 	Slow bool `json:"slow,omitempty"`
 	// PeakMemory is the largest sum of the memory of all processes (PSS: shared pages count once), in bytes, sampled in one
 	// more run that was not timed.
@@ -172,7 +172,6 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 			if n == b.runs && c.name == floorName || n > 0 && m.Slow {
 				continue
 			}
-			begin := time.Now()
 			sample, peak, err := b.once(ctx, c, n == b.runs)
 			if err != nil {
 				return nil, fmt.Errorf("%s, round %d: %w", c.name, n, err)
@@ -185,11 +184,10 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 				m.Output = info.Size()
 			}
 			switch {
-			case n < 0:
-				m.Slow = i > 0 && time.Since(begin) > b.slow
 			case n == b.runs:
 				m.PeakMemory = peak
-			default:
+			case n >= 0:
+				m.Slow = i > 0 && sample.Wall > b.slow
 				m.Samples = append(m.Samples, sample)
 			}
 		}

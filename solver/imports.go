@@ -29,8 +29,6 @@ type Imports interface {
 // RemoteLayers are Layers that may have their bytes elsewhere. layer.Store implements it.
 type RemoteLayers interface {
 	Layers
-	// Materialise brings the bytes of layers here.
-	Materialise(ctx context.Context, ids ...layer.ID) error
 	// Forget removes a layer whose bytes are elsewhere.
 	Forget(ctx context.Context, id layer.ID) error
 }
