@@ -155,6 +155,9 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	b := &bench{options: o}
+	if o.dir, err = filepath.Abs(o.dir); err != nil { // addresses of sockets need it
+		return err
+	}
 	if b.work, err = os.MkdirTemp(o.dir, "slipway-bench-"); err != nil {
 		return err
 	}

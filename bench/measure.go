@@ -61,6 +61,7 @@ type measured struct {
 
 // calls are the programs that a run starts, one after the other or at the same time.
 type calls struct {
+	ctx  context.Context // when it ends, so do they
 	mu   sync.Mutex   // guards pids and cpu
 	pids map[int]bool // of those that run now
 	cpu  time.Duration
@@ -84,7 +85,9 @@ func (c *calls) do(cmd *exec.Cmd) error {
 	}
 	c.pids[cmd.Process.Pid] = true
 	c.mu.Unlock()
+	forget := context.AfterFunc(c.ctx, func() { _ = cmd.Process.Signal(syscall.SIGTERM) })
 	err := cmd.Wait()
+	forget()
 	c.mu.Lock()
 	delete(c.pids, cmd.Process.Pid)
 	if u, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
@@ -214,7 +217,7 @@ func (b *bench) once(ctx context.Context, c *contestant, watch bool) (s sample, 
 	}
 	before := usageOf(daemons)
 	own := ownUsage()
-	var started calls
+	started := calls{ctx: ctx}
 	stop := func() int64 { return 0 }
 	if watch {
 		stop = watchMemory(func() []int {

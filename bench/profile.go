@@ -40,7 +40,7 @@ func (b *bench) profile(ctx context.Context, s *scenario, c *contestant) error {
 			done <- fetchProfile(ctx, socket, kind, filepath.Join(b.out, s.name+"-"+kind+".pprof"))
 		}()
 		for begin := time.Now(); time.Since(begin) < profileTime*time.Second; {
-			var started calls
+			started := calls{ctx: ctx}
 			if err := c.run(ctx, &started); err != nil {
 				return err
 			}
