@@ -43,6 +43,8 @@ type sample struct {
 	CPU time.Duration `json:"cpu_ns"`
 	// Written is what they sent to disks, in bytes.
 	Written int64 `json:"written_bytes"`
+	// Wire is what went to and from the registries of the bench, in bytes.
+	Wire int64 `json:"wire_bytes,omitempty"`
 }
 
 // measured is what is known of a contestant in the end.
@@ -216,7 +218,7 @@ func (b *bench) once(ctx context.Context, c *contestant, watch bool) (s sample, 
 		daemons = c.daemons()
 	}
 	before := usageOf(daemons)
-	own := ownUsage()
+	own, wire := ownUsage(), onWire.Load()
 	started := calls{ctx: ctx}
 	stop := func() int64 { return 0 }
 	if watch {
@@ -240,12 +242,14 @@ func (b *bench) once(ctx context.Context, c *contestant, watch bool) (s sample, 
 		now := ownUsage()
 		s.CPU = now.cpu - own.cpu
 		s.Written = now.written - own.written
+		s.Wire = onWire.Load() - wire
 		return s, peak, errOf(c.after, ctx)
 	}
 	time.Sleep(b.settle)
 	after := usageOf(c.daemons())
 	s.CPU = started.cpu + after.cpu - before.cpu
 	s.Written = after.written - before.written + written("self") - own.written
+	s.Wire = onWire.Load() - wire
 	return s, peak, errOf(c.after, ctx)
 }
 

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"log"
-	"net"
 	"net/http"
 	"os"
 	"sync"
@@ -38,7 +37,7 @@ func startRegistry(dir string) (*plainRegistry, error) {
 	conf.HTTP.Secret = "bench"
 	conf.Catalog.MaxEntries = 100
 	conf.Log.AccessLog.Disabled = true
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := listenCounted()
 	if err != nil {
 		return nil, err
 	}

@@ -93,11 +93,11 @@ func (r *result) table() string {
 	if s.steps > 0 {
 		w.WriteString(" median a step |")
 	}
-	w.WriteString(" × floor | × slipway (rounds) | CPU s | peak MB | written MB |\n|---|---|---|---|")
+	w.WriteString(" × floor | × slipway (rounds) | CPU s | peak MB | written MB | wire MB |\n|---|---|---|---|")
 	if s.steps > 0 {
 		w.WriteString("---|")
 	}
-	w.WriteString("---|---|---|---|---|\n")
+	w.WriteString("---|---|---|---|---|---|\n")
 	for _, m := range r.Contestants {
 		times := m.quantities(wall)
 		fmt.Fprintf(&w, "| %s | %s | %s | %s |", m.Name, seconds(times[0]), seconds(median(times)), seconds(times[len(times)-1]))
@@ -112,9 +112,13 @@ func (r *result) table() string {
 		if m.PeakMemory > 0 {
 			peak = fmt.Sprintf("%.0f", float64(m.PeakMemory)/1e6)
 		}
-		fmt.Fprintf(&w, " %s | %s | %.3f | %s | %.1f |\n", over, ratioOf(m, ours),
+		wire := "" // most scenarios need no network
+		if n := mean(m.quantities(func(s sample) float64 { return float64(s.Wire) / 1e6 })); n > 0 {
+			wire = fmt.Sprintf("%.2f", n)
+		}
+		fmt.Fprintf(&w, " %s | %s | %.3f | %s | %.1f | %s |\n", over, ratioOf(m, ours),
 			mean(m.quantities(func(s sample) float64 { return s.CPU.Seconds() })), peak,
-			mean(m.quantities(func(s sample) float64 { return float64(s.Written) / 1e6 })))
+			mean(m.quantities(func(s sample) float64 { return float64(s.Written) / 1e6 })), wire)
 	}
 	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after.", len(ours.Samples), r.load, r.loadAfter)
 	for _, m := range r.Contestants {

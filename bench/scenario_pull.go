@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -183,7 +182,7 @@ func mixed(source *rand.ChaCha8, b []byte) {
 
 // serveImage is a registry with one image, "pulled:1", until ctx ends. It returns its host.
 func serveImage(ctx context.Context, image *servedImage) (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := listenCounted()
 	if err != nil {
 		return "", err
 	}
