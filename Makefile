@@ -8,8 +8,8 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo un
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT := golang.org/x/perf/cmd/benchstat@latest
 SCENARIOS ?= noop-small,noop-50k,chain-60,fanout-8,run-true
-# The packages whose benchmarks are of hot paths: keys, records, look-ups in indexes, contexts, namespaces, containers.
-MICRO     := ./cache/record ./cache/index ./solver/source/local ./executor/network ./executor/runc
+# The packages whose benchmarks are of hot paths: keys, records, look-ups in indexes, pack, unpack, mounts, contexts, namespaces, containers.
+MICRO     := ./solver ./cache/record ./cache/index ./cache/layer ./cache/snapshot ./solver/source/local ./executor/network ./executor/runc
 GOFUMPT   := mvdan.cc/gofumpt@v0.12.0
 GOTESTSUM := gotest.tools/gotestsum@v1.13.0
 # go-test runs the tests of the packages $(1) with the flags $(2). With RERUN=n (CI has 2) what fails is run again alone, at most n

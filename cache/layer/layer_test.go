@@ -32,7 +32,7 @@ import (
 // discard is a log that nobody reads.
 var discard = slog.New(slog.DiscardHandler)
 
-func needRoot(t *testing.T) {
+func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("SKIPPED: mounting needs root")
