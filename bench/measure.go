@@ -64,8 +64,8 @@ type measured struct {
 // calls are the programs that a run starts, one after the other or at the same time.
 type calls struct {
 	ctx  context.Context // when it ends, so do they
-	mu   sync.Mutex   // guards pids and cpu
-	pids map[int]bool // of those that run now
+	mu   sync.Mutex      // guards pids and cpu
+	pids map[int]bool    // of those that run now
 	cpu  time.Duration
 }
 
