@@ -144,6 +144,9 @@ func run(ctx context.Context, args []string) (err error) {
 	if _, err := os.Stat(o.slipway); err != nil {
 		return fmt.Errorf("-slipway: %w ('make build' makes it)", err)
 	}
+	if o.dir, err = filepath.Abs(o.dir); err != nil { // peers are told paths below it
+		return err
+	}
 	if o.against != "" {
 		if o.against, err = filepath.Abs(o.against); err != nil {
 			return err

@@ -23,7 +23,7 @@ const (
 	gzipWindow = 32 << 10
 )
 
-var gzipBlocks = newBlockPool(gzipBlock)
+var gzipBlocks = newPools(gzipBlock)
 
 // WriteGzip writes the bytes of r to w as one gzip member, with up to workers goroutines (0: one for each processor).
 // The output depends on nothing but the input and the release of this program: no name, no time.
@@ -38,17 +38,17 @@ func writeGzip(ctx context.Context, w io.Writer, r io.Reader, level, workers int
 	var sum uint32
 	var size uint64
 	p := pipeline{
-		pool: gzipBlocks, window: gzipWindow, workers: workers,
+		pools: gzipBlocks, window: gzipWindow, workers: workers,
 		read: func(b []byte) {
 			sum = crc32.Update(sum, crc32.IEEETable, b)
 			size += uint64(len(b))
 		},
-		newWorker: func() (func(*block) error, error) {
+		newWorker: func() (func(*buffer, *input, bool) error, func(), error) {
 			z, err := flate.NewWriter(nil, level)
 			if err != nil {
-				return nil, fmt.Errorf("gzip: %w", err)
+				return nil, nil, fmt.Errorf("gzip: %w", err)
 			}
-			return func(b *block) error { return b.deflate(z) }, nil
+			return func(out *buffer, in *input, last bool) error { return deflate(z, out, in, last) }, func() {}, nil
 		},
 	}
 	if err := p.run(ctx, w, r); err != nil {
@@ -61,13 +61,13 @@ func writeGzip(ctx context.Context, w io.Writer, r io.Reader, level, workers int
 	return err
 }
 
-func (b *block) deflate(z *flate.Writer) error {
-	z.ResetDict(&b.out, b.dict)
-	if _, err := z.Write(b.in[:b.n]); err != nil {
+func deflate(z *flate.Writer, out *buffer, in *input, last bool) error {
+	z.ResetDict(out, in.dict)
+	if _, err := z.Write(in.b[:in.n]); err != nil {
 		return fmt.Errorf("gzip: %w", err)
 	}
 	var err error
-	if b.last {
+	if last {
 		err = z.Close()
 	} else {
 		err = z.Flush() // ends on a byte, so that blocks can be put together

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -17,11 +18,14 @@ const (
 	// zstdBlock is how much goes into one frame. Frames know nothing of each other, which costs up to 3 % of the size (up to 7 % at
 	// 4 MB). It is also the window, and 8 MB is what every decoder must be able to have. Like gzipBlock it decides the bytes.
 	zstdBlock = 8 << 20
-	// zstdWorkers bounds the memory: a worker needs about three blocks and its tables.
+	// zstdWorkers bounds the memory: a worker needs about three blocks (one in, one out, and the encoder's copy) and its tables.
 	zstdWorkers = 6
 )
 
-var zstdBlocks = newBlockPool(zstdBlock)
+var zstdBlocks = newPools(zstdBlock)
+
+// zstdEncoders has encoders by their level: each is ten megabytes.
+var zstdEncoders [int(zstd.SpeedBestCompression) + 1]sync.Pool
 
 // WriteZstd writes the bytes of r to w as zstd frames, with up to workers goroutines (0: one for each processor, at most
 // 6). The output depends on nothing but the input and the release of this program.
@@ -33,19 +37,25 @@ func writeZstd(ctx context.Context, w io.Writer, r io.Reader, level, workers int
 	if workers <= 0 {
 		workers = min(runtime.GOMAXPROCS(0), zstdWorkers)
 	}
+	speed := zstd.EncoderLevelFromZstd(level)
+	encoders := &zstdEncoders[speed]
 	p := pipeline{
-		pool: zstdBlocks, workers: workers,
-		newWorker: func() (func(*block) error, error) {
-			// No frame is longer than the window, so that a larger one would only be memory.
-			z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithZeroFrames(true),
-				zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithWindowSize(zstdBlock), zstd.WithLowerEncoderMem(true))
-			if err != nil {
-				return nil, fmt.Errorf("zstd: %w", err)
+		pools: zstdBlocks, workers: workers,
+		newWorker: func() (func(*buffer, *input, bool) error, func(), error) {
+			z, ok := encoders.Get().(*zstd.Encoder)
+			if !ok {
+				var err error
+				// No frame is longer than the window, so that a larger one would only be memory.
+				z, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithZeroFrames(true),
+					zstd.WithEncoderLevel(speed), zstd.WithWindowSize(zstdBlock), zstd.WithLowerEncoderMem(true))
+				if err != nil {
+					return nil, nil, fmt.Errorf("zstd: %w", err)
+				}
 			}
-			return func(b *block) error {
-				b.out.b = z.EncodeAll(b.in[:b.n], b.out.b)
+			return func(out *buffer, in *input, _ bool) error {
+				out.b = z.EncodeAll(in.b[:in.n], out.b)
 				return nil
-			}, nil
+			}, func() { encoders.Put(z) }, nil
 		},
 	}
 	return p.run(ctx, w, r)
