@@ -15,7 +15,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -437,7 +436,10 @@ func metadata(response map[string]string, about map[string]json.RawMessage) ([]b
 	return append(data, '\n'), err
 }
 
-var remoteContext = regexp.MustCompile(`^(https?://|git://|git@|github\.com/)`)
+// remoteContext tells addresses from directories.
+func remoteContext(name string) bool {
+	return slices.ContainsFunc([]string{"http://", "https://", "git://", "git@", "github.com/"}, func(prefix string) bool { return strings.HasPrefix(name, prefix) })
+}
 
 func exists(path string) bool {
 	_, err := os.Stat(path)
@@ -503,7 +505,7 @@ func addNamedContext(solve *bkclient.SolveOpt, spec string) error {
 			return fmt.Errorf("--build-context %s: %w", spec, err)
 		}
 		return nil
-	case strings.HasPrefix(value, "docker-image://"), strings.HasPrefix(value, "target:"), remoteContext.MatchString(value):
+	case strings.HasPrefix(value, "docker-image://"), strings.HasPrefix(value, "target:"), remoteContext(value):
 		solve.FrontendAttrs["context:"+name] = value
 		return nil
 	}

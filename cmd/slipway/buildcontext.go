@@ -51,7 +51,7 @@ func (a *app) addContext(solve *bkclient.SolveOpt, file, dir string) (c *buildCo
 	switch {
 	case dir == "-":
 		return c, a.addStdin(solve, c, file)
-	case remoteContext.MatchString(dir) && !exists(dir):
+	case remoteContext(dir) && !exists(dir):
 		return c, a.addRemote(solve, c, file, dir)
 	}
 	if err := checkDir(dir); err != nil {

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/platforms"
 	"github.com/docker/go-units"
@@ -101,15 +102,19 @@ func number[T int64 | uint64](n T) string {
 }
 
 // annotationFlag is TYPE,TYPE[PLATFORM]:KEY=VALUE of --annotation, the part before the colon being optional.
-var annotationFlag = regexp.MustCompile(`^(?:((?:[a-z-]+(?:\[[A-Za-z0-9_/.-]+\])?,?)+):)?([^=\s]+)=(.*)$`)
+var annotationFlag = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^(?:((?:[a-z-]+(?:\[[A-Za-z0-9_/.-]+\])?,?)+):)?([^=\s]+)=(.*)$`)
+})
 
-var annotationLevel = regexp.MustCompile(`^([a-z-]+)(?:\[([A-Za-z0-9_/.-]+)\])?$`)
+var annotationLevel = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^([a-z-]+)(?:\[([A-Za-z0-9_/.-]+)\])?$`)
+})
 
 // annotations translates --annotation into attributes of outputs.
 func annotations(flags []string) (map[string]string, error) {
 	attrs := map[string]string{}
 	for _, flag := range flags {
-		m := annotationFlag.FindStringSubmatch(flag)
+		m := annotationFlag().FindStringSubmatch(flag)
 		if m == nil {
 			return nil, fmt.Errorf("--annotation %s: want [TYPE[PLATFORM]:]KEY=VALUE", flag)
 		}
@@ -118,7 +123,7 @@ func annotations(flags []string) (map[string]string, error) {
 			levels = strings.Split(strings.TrimSuffix(m[1], ","), ",")
 		}
 		for _, level := range levels {
-			l := annotationLevel.FindStringSubmatch(level)
+			l := annotationLevel().FindStringSubmatch(level)
 			key := exptypes.AnnotationKey{Type: l[1], Key: m[2]}
 			switch key.Type {
 			case exptypes.AnnotationManifest, exptypes.AnnotationManifestDescriptor, exptypes.AnnotationIndex, exptypes.AnnotationIndexDescriptor:

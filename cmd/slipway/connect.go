@@ -24,6 +24,7 @@ import (
 	mobyclient "github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cmd/slipway/clientgc"
 	"github.com/seed-68981b69/slipway/engine"
 	"github.com/seed-68981b69/slipway/executor/userns"
 )
@@ -293,6 +294,7 @@ func (a *app) connect(ctx context.Context) (dialFunc, error) {
 		if err != nil {
 			return nil, err
 		}
+		clientgc.End()
 		e, err := engine.Open(ctx, options)
 		if err != nil {
 			return nil, err

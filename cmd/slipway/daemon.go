@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache"
+	"github.com/seed-68981b69/slipway/cmd/slipway/clientgc"
 	"github.com/seed-68981b69/slipway/engine"
 	"github.com/seed-68981b69/slipway/engine/config"
 )
@@ -196,6 +197,7 @@ func (a *app) serveEngine(ctx context.Context, e *engine.Engine, conf *config.Co
 
 // openEngine waits a little for an engine that is just ending: a command may find its socket gone and its store still open.
 func openEngine(ctx context.Context, options engine.Options, impatient bool) (*engine.Engine, error) {
+	clientgc.End()
 	deadline := time.Now().Add(10 * time.Second)
 	if impatient {
 		deadline = time.Now()

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,33 +23,57 @@ import (
 	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
+// command is one command: its name, and what makes it with all of its flags.
+type command struct {
+	name string
+	make func(*app) *cobra.Command
+}
+
 // commands lists every command; each has a file of its own.
-func commands(a *app) []*cobra.Command {
-	return []*cobra.Command{
-		newBuildCommand(a),
-		newRunCommand(a),
-		newPushCommand(a),
-		newPullCommand(a),
-		newCopyCommand(a),
-		newSaveCommand(a),
-		newLoadCommand(a),
-		newManifestCommand(a),
-		newImagesCommand(a),
-		newInspectCommand(a),
-		newHistoryCommand(a),
-		newExplainCommand(a),
-		newLogsCommand(a),
-		newDebugCommand(a),
-		newTagCommand(a),
-		newRmiCommand(a),
-		newPsCommand(a),
-		newRmCommand(a),
-		newLoginCommand(a),
-		newLogoutCommand(a),
-		newCacheCommand(a),
-		newInfoCommand(a),
-		newDaemonCommand(a),
+func commands() []command {
+	return []command{
+		{"build", newBuildCommand},
+		{"run", newRunCommand},
+		{"push", newPushCommand},
+		{"pull", newPullCommand},
+		{"copy", newCopyCommand},
+		{"save", newSaveCommand},
+		{"load", newLoadCommand},
+		{"manifest", newManifestCommand},
+		{"images", newImagesCommand},
+		{"inspect", newInspectCommand},
+		{"history", newHistoryCommand},
+		{"explain", newExplainCommand},
+		{"logs", newLogsCommand},
+		{"debug", newDebugCommand},
+		{"tag", newTagCommand},
+		{"rmi", newRmiCommand},
+		{"ps", newPsCommand},
+		{"rm", newRmCommand},
+		{"login", newLoginCommand},
+		{"logout", newLogoutCommand},
+		{"cache", newCacheCommand},
+		{"info", newInfoCommand},
+		{"daemon", newDaemonCommand},
 	}
+}
+
+// makeCommands makes the commands that args can mean, or all where none is named (help, completion, mistakes): the flags of all
+// take a millisecond of every call.
+func makeCommands(a *app, args []string) []*cobra.Command {
+	var named, all []*cobra.Command
+	for _, c := range commands() {
+		if slices.Contains(args, c.name) {
+			named = append(named, c.make(a))
+		}
+	}
+	if len(named) > 0 && !slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, cobra.ShellCompRequestCmd) }) {
+		return named
+	}
+	for _, c := range commands() {
+		all = append(all, c.make(a))
+	}
+	return all
 }
 
 // exitError ends the program with a code of its own. A nil err ends it without a message.
@@ -130,7 +155,7 @@ func (e *signalError) Error() string {
 
 // run parses args, runs one command and closes what the command opened.
 func (a *app) run(ctx context.Context, args []string) error {
-	root := a.command()
+	root := a.command(args)
 	root.SetArgs(args)
 	root.SetIn(a.in)
 	root.SetOut(a.out)
@@ -142,8 +167,8 @@ func (a *app) run(ctx context.Context, args []string) error {
 	return err
 }
 
-// command builds the tree of commands.
-func (a *app) command() *cobra.Command {
+// command builds the tree of commands, as far as args need it.
+func (a *app) command(args []string) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "slipway",
 		Short:         "Build, distribute and run container images",
@@ -169,7 +194,7 @@ func (a *app) command() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{err, cmd.CommandPath()}
 	})
-	root.AddCommand(commands(a)...)
+	root.AddCommand(makeCommands(a, args)...)
 	return root
 }
 
