@@ -62,7 +62,8 @@ func TestMain(m *testing.M) {
 //	[!] image-has IMAGE PATH…  the image has these files
 //	exit-code N PROGRAM…       like exec, with this exit code
 //	one-line-error [PATTERN]   the last command wrote nothing to standard error but one line "slipway: …"
-//	registry [tls] [auth|token] serves an empty registry and sets $REGISTRY to its host:port (user sailor, password ahoy)
+//	registry [tls] [auth|token] [files] serves an empty registry and sets $REGISTRY to its host:port (user sailor, password ahoy); with files what it has
+//	                           is in files below $REGISTRY_DIR
 //	s3                         serves an empty bucket caches and sets $S3 to the server's URL, $S3_DIR to where the objects are as files, and the credentials
 //	http-serve DIR [AUTH]      serves files and sets $HTTP to host:port; with AUTH only to who sends it as Authorization
 //	[!] http-get URL           prints a page; waits for the server unless it must fail
@@ -81,6 +82,7 @@ func TestMain(m *testing.M) {
 //	                           started when none runs; without arguments it makes things ready, and "exec buildctl … &" works from there on
 //	[!] buildx [ARG...]        the same with docker buildx, against a builder "sw" of the driver "remote"; as "docker buildx", too, and as what
 //	                           "docker build" is. It takes minutes to build where Go's cache has nothing of it; where it cannot be had the script is skipped
+//	real-buildkitd             starts a real BuildKit on an empty state and sets $BUILDKITD to its address; skipped where buildx would be, and without runc
 //
 // Conditions: [engine] (containers can be run: as root, or as the user of TestScriptUser), [user] (as that user), [single-id] (who has no IDs to give away), [root], [overlay] (overlayfs
 // and namespaces may be used), [skopeo] and [busybox] (installed). The store is
@@ -126,6 +128,7 @@ func TestScript(t *testing.T) {
 			"as-nobody":      scriptAsNobody,
 			"buildctl":       scriptBuildctl,
 			"buildx":         scriptBuildx,
+			"real-buildkitd": scriptBuildkitd,
 			"certs":          scriptCerts,
 			"no-mounts":      scriptNoMounts,
 			"await-mount":    scriptAwaitMount,
@@ -373,12 +376,15 @@ func scriptRegistry(ts *testscript.TestScript, neg bool, args []string) {
 			opts.TLS = true
 		case "auth", "token":
 			opts.User, opts.Password, opts.Token = "sailor", "ahoy", arg == "token"
+		case "files":
+			opts.Dir = ts.MkAbs("registry-files")
+			ts.Setenv("REGISTRY_DIR", opts.Dir)
 		default:
 			neg = true
 		}
 	}
 	if neg {
-		ts.Fatalf("usage: registry [tls] [auth|token]")
+		ts.Fatalf("usage: registry [tls] [auth|token] [files]")
 	}
 	server := registrytest.Start(ts.Value(scriptTB{}).(testing.TB), opts)
 	ts.Setenv("REGISTRY", server.Host)
@@ -652,6 +658,51 @@ func scriptBuildx(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if len(args) > 0 {
 		checkOutcome(ts, neg, ts.Exec("docker-buildx", args...))
+	}
+}
+
+// scriptBuildkitd starts BuildKit's own daemon, whose caches ours are compared with. It is ended with the script.
+func scriptBuildkitd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) > 0 {
+		ts.Fatalf("usage: real-buildkitd")
+	}
+	tb := ts.Value(scriptTB{}).(testing.TB)
+	if os.Getenv("SLIPWAY_TEST_BUILDX") == "0" {
+		tb.Skip("$SLIPWAY_TEST_BUILDX is 0: no buildkitd: SKIPPED")
+	}
+	program, err := buildctltest.Buildkitd()
+	if err == nil {
+		_, err = exec.LookPath("runc")
+	}
+	if err != nil {
+		tb.Skipf("buildkitd cannot be had: SKIPPED: %v", err)
+	}
+	dir := ts.MkAbs("buildkitd")
+	ts.Check(os.MkdirAll(dir, 0o700))
+	address := "unix://" + filepath.Join(dir, "s")
+	cmd := exec.Command(program, "--addr", address, "--root", filepath.Join(dir, "state"), "--config", "/dev/null", "--otel-socket-path", filepath.Join(dir, "otel"),
+		"--containerd-worker=false", "--oci-worker=true", "--oci-worker-binary", "runc", "--oci-worker-net", "host")
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + ts.Getenv("HOME")}
+	log, err := os.Create(filepath.Join(dir, "log"))
+	ts.Check(err)
+	cmd.Stdout, cmd.Stderr = log, log
+	ts.Check(cmd.Start())
+	ts.Defer(func() {
+		_ = cmd.Process.Signal(unix.SIGTERM)
+		_ = cmd.Wait()
+		_ = log.Close()
+	})
+	ts.Setenv("BUILDKITD", address)
+	for deadline := time.Now().Add(scriptPatience); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := net.Dial("unix", filepath.Join(dir, "s"))
+		if err == nil {
+			_ = conn.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			said, _ := os.ReadFile(log.Name())
+			ts.Fatalf("buildkitd does not answer: %v\n%s", err, said)
+		}
 	}
 }
 

@@ -26,7 +26,8 @@ import (
 	"github.com/distribution/distribution/v3/configuration"
 	_ "github.com/distribution/distribution/v3/registry/auth/htpasswd" // for Options.User
 	"github.com/distribution/distribution/v3/registry/handlers"
-	_ "github.com/distribution/distribution/v3/registry/storage/driver/inmemory" // its storage
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // for Options.Dir
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/inmemory"   // its storage
 	"github.com/sirupsen/logrus"
 	"golang.org/x/crypto/bcrypt"
 )
@@ -43,6 +44,8 @@ type Options struct {
 	TokenUses int
 	// TLS serves HTTPS with a certificate of an authority of its own.
 	TLS bool
+	// Dir keeps everything in files of this directory instead of in memory: blobs are docker/registry/v2/blobs/sha256/XX/HEX/data.
+	Dir string
 }
 
 // Server is a running registry.
@@ -68,6 +71,10 @@ func Start(t testing.TB, opts Options) *Server {
 		"inmemory": nil,
 		"delete":   configuration.Parameters{"enabled": true},
 	}}
+	if opts.Dir != "" {
+		delete(conf.Storage, "inmemory")
+		conf.Storage["filesystem"] = configuration.Parameters{"rootdirectory": opts.Dir}
+	}
 	conf.Catalog.MaxEntries = 100
 	conf.HTTP.Secret = "test"
 	conf.Log.AccessLog.Disabled = true
