@@ -52,6 +52,8 @@ type Spec struct {
 	CapAdd, CapDrop []string
 	// SeccompUnconfined lifts seccomp alone.
 	SeccompUnconfined bool
+	// SeccompProfile takes the place of the default profile, in docker's JSON; "" is the default. A privileged container has this one too.
+	SeccompProfile string
 	// NoNewPrivileges is set for build steps by whoever wants it; docker's default for containers is false.
 	NoNewPrivileges bool
 	Ulimits         []Ulimit
