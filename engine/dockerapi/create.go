@@ -344,18 +344,21 @@ func publishedPorts(c *container.Config, h *container.HostConfig) ([]executor.Po
 		if p.ContainerPort == 0 {
 			return invalid("invalid container port %s", port)
 		}
-		if b.HostIP.IsValid() && b.HostIP != netip.IPv4Unspecified() {
+		if b.HostIP.IsValid() {
 			p.HostIP = b.HostIP.String()
 		}
 		if b.HostPort != "" {
-			if strings.Contains(b.HostPort, "-") {
-				return unsupported(fmt.Sprintf("a range of host ports for one container port (%s:%s)", b.HostPort, port))
-			}
-			n, err := strconv.ParseUint(b.HostPort, 10, 16)
-			if err != nil {
+			ports, err := network.ParsePortRange(b.HostPort)
+			if err != nil || strings.Contains(b.HostPort, "/") {
 				return invalid("invalid port specification: %q", b.HostPort)
 			}
-			p.HostPort = uint16(n)
+			p.HostPort = ports.Start()
+			if ports.End() != ports.Start() {
+				p.HostPortEnd = ports.End()
+			}
+			if p.HostPort == 0 && p.HostPortEnd != 0 {
+				return invalid("invalid port specification: %q", b.HostPort)
+			}
 		}
 		out = append(out, p)
 		return nil
