@@ -52,6 +52,8 @@ type Spec struct {
 	CapAdd, CapDrop []string
 	// SeccompUnconfined lifts seccomp alone.
 	SeccompUnconfined bool
+	// SeccompProfile takes the place of the default profile, in docker's JSON; "" is the default. A privileged container has this one too.
+	SeccompProfile string
 	// NoNewPrivileges is set for build steps by whoever wants it; docker's default for containers is false.
 	NoNewPrivileges bool
 	Ulimits         []Ulimit
@@ -117,8 +119,9 @@ const (
 
 // Port publishes a container's port on the host.
 type Port struct {
-	HostIP        string // "" means all addresses
+	HostIP        string // "" means all addresses, 0.0.0.0 all of IPv4, "::" all of IPv6
 	HostPort      uint16 // 0 means any free one
+	HostPortEnd   uint16 // when not 0: the first free one from HostPort to this one
 	ContainerPort uint16
 	Protocol      string // "tcp" or "udp"
 }

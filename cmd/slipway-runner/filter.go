@@ -142,6 +142,11 @@ func filterAction(a specs.LinuxSeccompAction, errnoRet *uint) (uint32, error) {
 	return 0, fmt.Errorf("seccomp action %s", a)
 }
 
+// operators are those that condition knows.
+var operators = []specs.LinuxSeccompOperator{
+	specs.OpEqualTo, specs.OpNotEqual, specs.OpMaskedEqual, specs.OpGreaterThan, specs.OpGreaterEqual, specs.OpLessThan, specs.OpLessEqual,
+}
+
 // filterRules flattens a profile into rules, sorted by syscall, and returns the highest syscall that it names. Names
 // that this architecture does not have are left out, as libcontainer does.
 func filterRules(p *specs.LinuxSeccomp, def uint32) (rules []filterRule, last uint32, err error) {
@@ -153,7 +158,7 @@ func filterRules(p *specs.LinuxSeccomp, def uint32) (rules []filterRule, last ui
 		perArg := map[uint]int{}
 		for _, a := range call.Args {
 			perArg[a.Index]++
-			if a.Index > 5 || a.Op == specs.OpMaskedEqual && a.ValueTwo&^a.Value != 0 {
+			if a.Index > 5 || !slices.Contains(operators, a.Op) || a.Op == specs.OpMaskedEqual && a.ValueTwo&^a.Value != 0 {
 				return nil, 0, fmt.Errorf("seccomp condition %+v", a)
 			}
 			if perArg[a.Index] > 1 { // libcontainer makes alternatives of them: not worth following

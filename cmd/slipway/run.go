@@ -3,7 +3,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -135,7 +138,7 @@ func (o *runOptions) define(flags *pflag.FlagSet) {
 	flags.Var(o.ulimits, "ulimit", "resource limit, NAME=SOFT[:HARD]")
 	flags.StringArrayVar(&o.capAdd, "cap-add", nil, "add a capability")
 	flags.StringArrayVar(&o.capDrop, "cap-drop", nil, "take a capability away")
-	flags.StringArrayVar(&o.securityOpt, "security-opt", nil, "security option (no-new-privileges, seccomp=unconfined)")
+	flags.StringArrayVar(&o.securityOpt, "security-opt", nil, "security option: seccomp=FILE|unconfined|builtin, no-new-privileges[=true|false],\napparmor=unconfined, label=disable")
 	flags.BoolVar(&o.privileged, "privileged", false, "lift all confinement")
 	flags.BoolVar(&o.init, "init", false, "put a small init in front of the command")
 	flags.StringVar(&o.stopSignal, "stop-signal", "", "signal that stops the container")
@@ -157,7 +160,7 @@ func (o *runOptions) request(flags *pflag.FlagSet, image string, args []string) 
 	host := &container.HostConfig{
 		AutoRemove: o.remove, NetworkMode: container.NetworkMode(o.network), Privileged: o.privileged, ReadonlyRootfs: o.readOnly,
 		DNSSearch: o.dnsSearch, DNSOptions: o.dnsOptions,
-		PublishAllPorts: o.publishAll, CapAdd: o.capAdd, CapDrop: o.capDrop, SecurityOpt: o.securityOpt, GroupAdd: o.groupAdd,
+		PublishAllPorts: o.publishAll, CapAdd: o.capAdd, CapDrop: o.capDrop, GroupAdd: o.groupAdd,
 		ShmSize: o.shmSize.Value(), Mounts: o.mounts.Value(), PortBindings: network.PortMap{}, Tmpfs: map[string]string{},
 	}
 	host.Resources = container.Resources{
@@ -175,6 +178,9 @@ func (o *runOptions) request(flags *pflag.FlagSet, image string, args []string) 
 	}
 	var err error
 	if config.Env, err = o.environment(); err != nil {
+		return none, err
+	}
+	if host.SecurityOpt, err = securityOptions(o.securityOpt); err != nil {
 		return none, err
 	}
 	for _, l := range o.labels {
@@ -230,6 +236,28 @@ func (o *runOptions) request(flags *pflag.FlagSet, image string, args []string) 
 		req.Platform = &ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
 	}
 	return req, nil
+}
+
+// securityOptions puts the content of a seccomp profile in the place of its file's name, as docker's client does: the engine may be
+// on another host.
+func securityOptions(options []string) ([]string, error) {
+	out := slices.Clone(options)
+	for i, option := range out {
+		file, ok := strings.CutPrefix(option, "seccomp=")
+		if !ok || file == "unconfined" || file == "builtin" {
+			continue
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("--security-opt seccomp=FILE: %w", err)
+		}
+		var profile bytes.Buffer
+		if err := json.Compact(&profile, b); err != nil {
+			return nil, fmt.Errorf("--security-opt seccomp=%s: not JSON: %w", file, err)
+		}
+		out[i] = "seccomp=" + profile.String()
+	}
+	return out, nil
 }
 
 // environment puts --env on top of --env-file. A name alone passes our variable on, if we have it.

@@ -3,6 +3,7 @@
 package dockerapi
 
 import (
+	"encoding/json"
 	"fmt"
 	"math"
 	"net/netip"
@@ -343,18 +344,21 @@ func publishedPorts(c *container.Config, h *container.HostConfig) ([]executor.Po
 		if p.ContainerPort == 0 {
 			return invalid("invalid container port %s", port)
 		}
-		if b.HostIP.IsValid() && b.HostIP != netip.IPv4Unspecified() {
+		if b.HostIP.IsValid() {
 			p.HostIP = b.HostIP.String()
 		}
 		if b.HostPort != "" {
-			if strings.Contains(b.HostPort, "-") {
-				return unsupported(fmt.Sprintf("a range of host ports for one container port (%s:%s)", b.HostPort, port))
-			}
-			n, err := strconv.ParseUint(b.HostPort, 10, 16)
-			if err != nil {
+			ports, err := network.ParsePortRange(b.HostPort)
+			if err != nil || strings.Contains(b.HostPort, "/") {
 				return invalid("invalid port specification: %q", b.HostPort)
 			}
-			p.HostPort = uint16(n)
+			p.HostPort = ports.Start()
+			if ports.End() != ports.Start() {
+				p.HostPortEnd = ports.End()
+			}
+			if p.HostPort == 0 && p.HostPortEnd != 0 {
+				return invalid("invalid port specification: %q", b.HostPort)
+			}
 		}
 		out = append(out, p)
 		return nil
@@ -387,29 +391,9 @@ func publishedPorts(c *container.Config, h *container.HostConfig) ([]executor.Po
 
 func (p *plan) planSecurity(_ *container.Config, h *container.HostConfig) error {
 	for _, option := range h.SecurityOpt {
-		name, value, hasValue := strings.Cut(option, "=")
-		if !hasValue {
-			name, value, hasValue = strings.Cut(option, ":")
+		if err := p.securityOption(option); err != nil {
+			return err
 		}
-		switch {
-		case name == "seccomp" && value == "unconfined":
-			p.spec.SeccompUnconfined = true
-			continue
-		case name == "seccomp" && value == "builtin", name == "apparmor" && value == "unconfined", name == "label" && value == "disable":
-			continue // it is so
-		case name == "seccomp":
-			return unsupported("HostConfig.SecurityOpt seccomp with a profile of one's own (builtin and unconfined are)")
-		case name != "no-new-privileges":
-			return unsupported("HostConfig.SecurityOpt " + strconv.Quote(option))
-		}
-		on := true
-		if hasValue {
-			var err error
-			if on, err = strconv.ParseBool(value); err != nil {
-				return invalid("invalid security option %q", option)
-			}
-		}
-		p.spec.NoNewPrivileges = on
 	}
 	var err error
 	if p.spec.CapAdd, err = capabilities(h.CapAdd); err != nil {
@@ -417,6 +401,44 @@ func (p *plan) planSecurity(_ *container.Config, h *container.HostConfig) error 
 	}
 	p.spec.CapDrop, err = capabilities(h.CapDrop)
 	return err
+}
+
+// securityOption reads NAME=VALUE, or NAME:VALUE as it once was. Of several options of one name the last counts.
+func (p *plan) securityOption(option string) error {
+	if option == "no-new-privileges" {
+		p.spec.NoNewPrivileges = true
+		return nil
+	}
+	name, value, ok := strings.Cut(option, "=")
+	if !ok {
+		name, value, ok = strings.Cut(option, ":")
+	}
+	switch {
+	case !ok:
+		return invalid("invalid security option %q: want NAME=VALUE", option)
+	case name == "seccomp":
+		p.spec.SeccompUnconfined, p.spec.SeccompProfile = value == "unconfined", ""
+		if value == "unconfined" || value == "builtin" {
+			return nil
+		}
+		if !strings.HasPrefix(strings.TrimSpace(value), "{") || !json.Valid([]byte(value)) {
+			return invalid("invalid security option: seccomp wants unconfined, builtin, or a profile in JSON (clients send the content of a file)")
+		}
+		p.spec.SeccompProfile = value
+	case name == "apparmor" && value == "unconfined", name == "label" && value == "disable":
+		// It is so.
+	case name == "no-new-privileges":
+		on, err := strconv.ParseBool(value)
+		if err != nil {
+			return invalid("invalid security option %q", option)
+		}
+		p.spec.NoNewPrivileges = on
+	case slices.Contains([]string{"apparmor", "label", "systempaths", "writable-cgroups"}, name):
+		return unsupported("HostConfig.SecurityOpt " + strconv.Quote(option))
+	default:
+		return invalid("invalid security option %q", option)
+	}
+	return nil
 }
 
 // capabilities writes names in the executor's form.

@@ -80,11 +80,13 @@ func TestRefusedOptions(t *testing.T) {
 		{`{"BlkioWeight":10}`, "BlkioWeight"},
 		{`{"DeviceRequests":[{"Count":-1}]}`, "DeviceRequests"},
 		{`{"NetworkMode":"container:x"}`, "NetworkMode"},
-		{`{"SecurityOpt":["seccomp={}"]}`, "seccomp with a profile"},
+		{`{"SecurityOpt":["seccomp={}","apparmor=unconfined","label:disable","seccomp=builtin","no-new-privileges:false"]}`, ""},
+		{`{"SecurityOpt":["label=type:t"]}`, "SecurityOpt"},
+		{`{"SecurityOpt":["systempaths=unconfined"]}`, "systempaths"},
 		{`{"SecurityOpt":["apparmor=mine"]}`, "SecurityOpt"},
 		{`{"ExtraHosts":["h:host-gateway"]}`, ""},
 		{`{"PortBindings":{"80/sctp":[{}]}}`, "80/sctp"},
-		{`{"PortBindings":{"80/tcp":[{"HostPort":"8000-8010"}]}}`, "range of host ports"},
+		{`{"PortBindings":{"80/tcp":[{"HostPort":"8000-8010"}]}}`, ""},
 		{`{"Binds":["/a:/b:rshared"]}`, "propagation"},
 		{`{"Mounts":[{"Type":"image","Source":"x","Target":"/y"}]}`, "mounts of type"},
 		{`{"Mounts":[{"Type":"bind","Source":"/x","Target":"/y","ReadOnly":true,"BindOptions":{"ReadOnlyNonRecursive":true}}]}`, "BindOptions.ReadOnlyNonRecursive"},
@@ -113,7 +115,7 @@ func TestRefusedOptions(t *testing.T) {
 func TestPlan(t *testing.T) {
 	var h container.HostConfig
 	if err := json.Unmarshal([]byte(`{"Binds":["/src/../a:/x/y:ro","vol:/x"],"Tmpfs":{"/x/y/z":"size=2m,ro"},
-		"PortBindings":{"53/udp":[{"HostIp":"127.0.0.1","HostPort":"5353"}],"80/tcp":[{"HostPort":"8080"},{"HostIp":"0.0.0.0"},{"HostIp":"::"}]},
+		"PortBindings":{"53/udp":[{"HostIp":"127.0.0.1","HostPort":"5353"}],"80/tcp":[{"HostPort":"8080"},{"HostIp":"0.0.0.0"},{"HostIp":"::","HostPort":"90-99"}]},
 		"ExtraHosts":["a:1.2.3.4","b=[::1]"],"CapAdd":["net_admin"],"CapDrop":["ALL"],"NanoCpus":1500000000,"Memory":8388608,"PidsLimit":9,"SecurityOpt":["no-new-privileges"]}`), &h); err != nil {
 		t.Fatal(err)
 	}
@@ -124,9 +126,9 @@ func TestPlan(t *testing.T) {
 	s := p.spec
 	if want := []executor.Port{
 		{HostIP: "127.0.0.1", HostPort: 5353, ContainerPort: 53, Protocol: "udp"},
-		{ContainerPort: 80, Protocol: "tcp"},
 		{HostPort: 8080, ContainerPort: 80, Protocol: "tcp"},
-		{HostIP: "::", ContainerPort: 80, Protocol: "tcp"},
+		{HostIP: "0.0.0.0", ContainerPort: 80, Protocol: "tcp"},
+		{HostIP: "::", HostPort: 90, HostPortEnd: 99, ContainerPort: 80, Protocol: "tcp"},
 	}; !slices.Equal(s.Ports, want) {
 		t.Errorf("ports %+v, want %+v", s.Ports, want)
 	}
@@ -149,6 +151,8 @@ func TestPlan(t *testing.T) {
 	for bad, want := range map[string]string{
 		`{"Binds":["/a:/x","/b:/x/"]}`: "Duplicate mount point: /x", `{"Binds":["/a:rel"]}`: "must be absolute", `{"Binds":["/a:/"]}`: "destination can't be '/'",
 		`{"Binds":["./a:/x"]}`: "includes invalid characters", `{"Binds":["/a:/b:wat"]}`: "invalid mode", `{"Binds":["a:b:c:d"]}`: "invalid volume specification",
+		`{"PortBindings":{"80/tcp":[{"HostPort":"90-80"}]}}`: "invalid port specification", `{"PortBindings":{"80/tcp":[{"HostPort":"0-80"}]}}`: "invalid port specification",
+		`{"PortBindings":{"80/tcp":[{"HostPort":"90/tcp"}]}}`: "invalid port specification", `{"PortBindings":{"80/tcp":[{"HostPort":"70000"}]}}`: "invalid port specification",
 		`{"CapAdd":["NONSENSE"]}`: "invalid capability", `{"Memory":1000}`: "Minimum memory limit", `{"ExtraHosts":["x"]}`: "invalid extra host",
 		`{"Mounts":[{"Type":"bind","Source":"rel","Target":"/x"}]}`: "mount path must be absolute", `{"Mounts":[{"Type":"tmpfs","Source":"/x","Target":"/x"}]}`: "Source must not be specified",
 	} {

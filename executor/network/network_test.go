@@ -7,7 +7,9 @@ package network
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -20,6 +22,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/executor"
 )
@@ -188,6 +191,77 @@ func TestPublish(t *testing.T) {
 	c.SetDeadline(time.Now().Add(5 * time.Second))
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		t.Error("a connection is still open after Close")
+	}
+}
+
+// TestPublishRange asks for ranges of ports, of which others have some.
+func TestPublishRange(t *testing.T) {
+	loopback := netip.MustParseAddr("127.0.0.1")
+	target := echoServer(t)
+	// Three neighbours below what the kernel gives away, of which somebody takes the first. Another process may be as unlucky as to want
+	// them at the same moment.
+	var first uint16
+	var l net.Listener
+	free := func(port uint16) bool {
+		l, err := net.Listen("tcp4", netip.AddrPortFrom(loopback, port).String())
+		if err == nil {
+			l.Close()
+		}
+		return err == nil
+	}
+	for l == nil {
+		first = 10000 + uint16(rand.IntN(20000))
+		var err error
+		if l, err = net.Listen("tcp4", netip.AddrPortFrom(loopback, first).String()); err != nil {
+			l = nil
+		} else if !free(first+1) || !free(first+2) {
+			l.Close()
+			l = nil
+		}
+	}
+	defer l.Close()
+	// The range comes first and gets what the other one, which has no choice, leaves.
+	p, err := Publish(loopback, []executor.Port{
+		{HostIP: "127.0.0.1", HostPort: first, HostPortEnd: first + 2, ContainerPort: target}, {HostIP: "127.0.0.1", HostPort: first + 1, ContainerPort: target},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if p.Ports[0].HostPort != first+2 || p.Ports[0].HostPortEnd != 0 || p.Ports[1].HostPort != first+1 {
+		t.Errorf("from %d: %+v", first, p.Ports)
+	}
+	want := fmt.Sprintf("publish port 127.0.0.1:%d-%d/tcp: all ports of the range are in use", first, first+2)
+	got, err := Publish(loopback, []executor.Port{{HostIP: "127.0.0.1", HostPort: first, HostPortEnd: first + 2, ContainerPort: target}})
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, %v; want %q", got, err, want)
+	}
+}
+
+// TestPublishFamilies: 0.0.0.0 is IPv4 alone, :: IPv6 alone, and they can be given to different containers.
+func TestPublishFamilies(t *testing.T) {
+	if l, err := net.Listen("tcp6", "[::1]:0"); err != nil {
+		t.Skipf("needs IPv6 (%v): SKIPPED", err)
+	} else {
+		l.Close()
+	}
+	loopback := netip.MustParseAddr("127.0.0.1")
+	target := echoServer(t)
+	for _, protocol := range []string{"tcp", "udp"} {
+		four, err := Publish(loopback, []executor.Port{{HostIP: "0.0.0.0", ContainerPort: target, Protocol: protocol}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer four.Close()
+		// Somebody else may have that port of the other family: one that both have is found soon.
+		six, err := Publish(loopback, []executor.Port{{HostIP: "::", HostPort: four.Ports[0].HostPort, ContainerPort: target, Protocol: protocol}})
+		if errors.Is(err, unix.EADDRINUSE) {
+			t.Skipf("%v: SKIPPED", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer six.Close()
 	}
 }
 

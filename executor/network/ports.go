@@ -5,12 +5,14 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -53,20 +55,58 @@ func Publish(ip netip.Addr, ports []executor.Port) (*Published, error) {
 func publish(ip netip.Addr, ports []executor.Port, dial dialFunc) (*Published, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Published{cancel: cancel, dial: dial}
-	for _, port := range ports {
-		bound, err := p.listen(ctx, ip, port)
+	p.Ports = make([]executor.Port, len(ports))
+	for _, i := range byChoice(ports) {
+		bound, err := p.listenFirst(ctx, ip, ports[i])
 		if err != nil {
 			p.Close()
-			return nil, publishError(port, err)
+			return nil, publishError(ports[i], err)
 		}
-		p.Ports = append(p.Ports, bound)
+		p.Ports[i] = bound
 	}
 	return p, nil
 }
 
+// byChoice is the order in which ports are taken: first those that have no other choice.
+func byChoice(ports []executor.Port) []int {
+	choices := func(i int) int {
+		switch p := ports[i]; {
+		case p.HostPort == 0:
+			return 1 << 16
+		case p.HostPortEnd != 0:
+			return int(p.HostPortEnd-p.HostPort) + 1
+		}
+		return 1
+	}
+	order := make([]int, len(ports))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(choices(a), choices(b)) })
+	return order
+}
+
+// listenFirst listens on the first port of a range that nobody else has.
+func (p *Published) listenFirst(ctx context.Context, ip netip.Addr, port executor.Port) (executor.Port, error) {
+	try := port
+	try.HostPortEnd = 0
+	for {
+		bound, err := p.listen(ctx, ip, try)
+		if err == nil || !errors.Is(err, unix.EADDRINUSE) || try.HostPort >= port.HostPortEnd {
+			return bound, err
+		}
+		try.HostPort++
+	}
+}
+
 func publishError(p executor.Port, err error) error {
 	where := net.JoinHostPort(p.HostIP, strconv.Itoa(int(p.HostPort)))
+	if p.HostPortEnd != 0 {
+		where += "-" + strconv.Itoa(int(p.HostPortEnd))
+	}
 	switch {
+	case errors.Is(err, unix.EADDRINUSE) && p.HostPortEnd != 0:
+		return fmt.Errorf("publish port %s/%s: all ports of the range are in use on this host", where, protocol(p))
 	case errors.Is(err, unix.EADDRINUSE):
 		return fmt.Errorf("publish port %s/%s: the port is already in use on this host", where, protocol(p))
 	case errors.Is(err, unix.EADDRNOTAVAIL):
@@ -86,10 +126,17 @@ func protocol(p executor.Port) string {
 
 func (p *Published) listen(ctx context.Context, ip netip.Addr, port executor.Port) (executor.Port, error) {
 	hostAddr := net.JoinHostPort(port.HostIP, strconv.Itoa(int(port.HostPort)))
+	family := "" // an address that is not specified means both to Go, whichever it is
+	if addr, err := netip.ParseAddr(port.HostIP); err == nil {
+		family = "6"
+		if addr.Is4() {
+			family = "4"
+		}
+	}
 	target := netip.AddrPortFrom(ip, port.ContainerPort)
 	switch protocol(port) {
 	case "tcp":
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", hostAddr)
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp"+family, hostAddr)
 		if err != nil {
 			return port, err
 		}
@@ -97,7 +144,7 @@ func (p *Published) listen(ctx context.Context, ip netip.Addr, port executor.Por
 		p.wg.Go(func() { p.serveTCP(ctx, l, target) })
 		port.HostPort = uint16(l.Addr().(*net.TCPAddr).Port)
 	case "udp":
-		c, err := (&net.ListenConfig{}).ListenPacket(ctx, "udp", hostAddr)
+		c, err := (&net.ListenConfig{}).ListenPacket(ctx, "udp"+family, hostAddr)
 		if err != nil {
 			return port, err
 		}

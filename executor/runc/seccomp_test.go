@@ -39,6 +39,8 @@ func TestFilterAgrees(t *testing.T) {
 		{"no new privileges", func(s *executor.Spec) { s.NoNewPrivileges = true }},
 		{"capabilities", func(s *executor.Spec) { s.CapAdd = []string{"SYS_ADMIN", "SYS_PTRACE"} }},
 		{"all capabilities", func(s *executor.Spec) { s.CapAdd = []string{"ALL"} }},
+		{"docker's conditions", func(s *executor.Spec) { s.SeccompProfile, s.CapAdd = ownProfile, []string{"SYS_TIME"} }},
+		{"a default that allows", func(s *executor.Spec) { s.SeccompProfile = allowingProfile }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := spec(rootfs, "cat")
@@ -49,6 +51,32 @@ func TestFilterAgrees(t *testing.T) {
 		})
 	}
 }
+
+// ownProfile refuses everything that a shell does not need, with every kind of condition; allowingProfile names what it refuses.
+const (
+	ownProfile = `{"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 38,
+		"archMap": [{"architecture": "SCMP_ARCH_X86_64"}, {"architecture": "SCMP_ARCH_AARCH64"}],
+		"syscalls": [
+			{"names": ["read", "write", "close", "execve", "exit_group", "exit", "brk", "mmap", "munmap", "mprotect", "arch_prctl", "set_tid_address",
+				"set_robust_list", "rseq", "futex", "fcntl", "getrandom", "prlimit64", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "uname", "readlinkat",
+				"readlink", "openat", "open", "newfstatat", "fstat", "lseek", "sendfile", "pread64", "ioctl", "getuid", "geteuid", "getgid", "getegid",
+				"setgid", "setuid", "setgroups", "capset", "capget", "prctl", "chdir", "fchdir", "getcwd", "dup3", "epoll_ctl", "epoll_pwait", "nanosleep", "sched_yield",
+				"getpid", "gettid", "tgkill", "madvise", "sigaltstack", "clone", "clone3", "statfs", "fstatfs", "faccessat2", "fchown", "unshare", "setsid", "no_such_call",
+				"close_range", "getdents64", "stat", "lstat", "access", "faccessat", "keyctl", "umask", "restart_syscall", "waitid", "pipe2", "pidfd_open", "sched_getaffinity", "statx", "openat2", "fsopen", "fsconfig", "fsmount", "sched_setaffinity", "getppid", "setresuid", "setresgid", "epoll_create1", "eventfd2", "setpgid", "poll", "ppoll", "writev", "dup", "dup2", "linkat", "wait4", "vfork", "fork", "execveat", "getxattr", "fgetxattr", "readv"],
+				"action": "SCMP_ACT_ALLOW"},
+			{"name": "personality", "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]},
+			{"names": ["personality"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 64, "valueTwo": 64, "op": "SCMP_CMP_MASKED_EQ"}]},
+			{"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}]},
+			{"names": ["clock_settime"], "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_SYS_TIME"]}},
+			{"names": ["settimeofday"], "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_SYS_BOOT"]}},
+			{"names": ["chroot"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "excludes": {"caps": ["CAP_SYS_BOOT"]}},
+			{"names": ["ptrace"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "4.8"}},
+			{"names": ["mount"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "200.0"}},
+			{"names": ["umount2"], "action": "SCMP_ACT_ALLOW", "includes": {"arches": ["s390x"]}}
+		]}`
+	allowingProfile = `{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
+		"syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}, {"names": ["swapon"], "action": "SCMP_ACT_KILL_PROCESS"}]}`
+)
 
 func compareFilters(t *testing.T, want, got []unix.SockFilter) {
 	t.Helper()
@@ -222,4 +250,65 @@ func seccompFilter(t *testing.T, pid int) []unix.SockFilter {
 		t.Errorf("the container has more than one filter (%v)", errno)
 	}
 	return program
+}
+
+// TestOwnSeccomp runs commands under profiles of their own, also under ones that let nothing run.
+func TestOwnSeccomp(t *testing.T) {
+	rootfs := runctest.Rootfs(t)
+	for _, tc := range []struct {
+		name, profile, want string
+		change              func(*executor.Spec)
+		refused             string // what the error of the start has, "" when it starts
+	}{
+		{name: "a call refused", profile: allowingProfile, want: "before refused:"},
+		{name: "also when privileged", profile: allowingProfile, want: "before refused:", change: func(s *executor.Spec) { s.Privileged = true }},
+		{name: "another default", profile: `{"defaultAction":"SCMP_ACT_ALLOW"}`, want: "before made"},
+		{name: "no profile", profile: `{}`, want: "before made"},
+		{name: "killed", profile: `{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_KILL_PROCESS"}]}`, want: "before refused: Bad system call"},
+		{name: "no execve", profile: `{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["execve"],"action":"SCMP_ACT_ERRNO"}]}`, refused: "?"},
+		{name: "killed by execve", profile: `{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["execve"],"action":"SCMP_ACT_KILL_PROCESS"}]}`, refused: "?"},
+		{name: "nothing at all", profile: `{"defaultAction":"SCMP_ACT_KILL_PROCESS"}`, refused: "?"},
+		{name: "nothing but errors", profile: `{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[]}`, refused: "?"},
+		{name: "not JSON", profile: `{`, refused: "seccomp profile: not a profile"},
+		{name: "null", profile: `{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[null]}`, refused: "null"},
+		{name: "an agent", profile: `{"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/run/x"}`, refused: "listenerPath"},
+		{name: "notify", profile: `{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir"],"action":"SCMP_ACT_NOTIFY"}]}`, refused: "SCMP_ACT_NOTIFY"},
+		{name: "unknown action", profile: `{"defaultAction":"SCMP_ACT_WHAT"}`, refused: "SCMP_ACT_WHAT"},
+		{name: "unknown operator", profile: `{"defaultAction":"SCMP_ACT_ERRNO","architectures":["SCMP_ARCH_X86_64"],"syscalls":[{"names":["mkdir"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":1,"op":"WHAT"}]}]}`, refused: "WHAT"},
+		{name: "unknown architecture", profile: `{"defaultAction":"SCMP_ACT_ALLOW","architectures":["VAX"]}`, refused: "VAX"},
+		{name: "architectures twice", profile: `{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86"],"archMap":[{"architecture":"SCMP_ARCH_X86_64"}]}`, refused: "both"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := newExecutor(t, runc.Options{})
+			s := spec(rootfs, "printf 'before '; (mkdir /made 2>/err && echo made) || if test -s /err; then echo refused: $(cat /err); else echo died; fi; rm -rf /made")
+			s.SeccompProfile = tc.profile
+			if tc.change != nil {
+				tc.change(&s)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+			defer cancel()
+			var out, errs strings.Builder
+			p, err := r.Start(ctx, s, executor.IO{Stdout: &out, Stderr: &errs})
+			if err == nil {
+				var exit executor.Exit
+				exit, err = p.Wait()
+				if tc.refused == "" && (err != nil || !strings.HasPrefix(out.String(), tc.want)) {
+					t.Fatalf("%+v, %v, %q %q, want %q", exit, err, &out, &errs, tc.want)
+				}
+				if tc.refused != "" && err == nil && exit.Code == 0 {
+					t.Fatalf("it ran: %q", &out)
+				}
+				t.Logf("%+v %s", exit, &errs)
+			} else if tc.refused == "" {
+				t.Fatal(err)
+			}
+			if ctx.Err() != nil {
+				t.Fatal("it hung")
+			}
+			if tc.refused != "" && tc.refused != "?" && (err == nil || !strings.Contains(err.Error(), tc.refused)) {
+				t.Fatalf("%v, want %q", err, tc.refused)
+			}
+			t.Log(err, out.String())
+		})
+	}
 }

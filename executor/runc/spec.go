@@ -5,6 +5,7 @@
 package runc
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -134,16 +135,27 @@ func runtimeSpec(s executor.Spec, h host) (*specs.Spec, error) {
 	}
 	if s.Privileged {
 		spec.Linux.Devices = h.Devices
-		return spec, nil
+	} else {
+		spec.Linux.MaskedPaths = maskedPaths
+		spec.Linux.ReadonlyPaths = readonlyPaths
 	}
-	spec.Linux.MaskedPaths = maskedPaths
-	spec.Linux.ReadonlyPaths = readonlyPaths
-	if h.Seccomp != nil && !s.SeccompUnconfined {
-		if spec.Linux.Seccomp, err = h.Seccomp(spec); err != nil {
-			return nil, fmt.Errorf("seccomp profile: %w", err)
-		}
+	if spec.Linux.Seccomp, err = seccompOf(s, h, spec); err != nil {
+		return nil, fmt.Errorf("seccomp profile: %w", err)
 	}
 	return spec, nil
+}
+
+// seccompOf is the profile of a container, whose capabilities are in spec; nil when it has none.
+func seccompOf(s executor.Spec, h host, spec *specs.Spec) (*specs.LinuxSeccomp, error) {
+	switch {
+	case s.SeccompUnconfined:
+		return nil, nil
+	case s.SeccompProfile != "":
+		return ownSeccomp(s.SeccompProfile, spec)
+	case s.Privileged || h.Seccomp == nil:
+		return nil, nil
+	}
+	return h.Seccomp(spec)
 }
 
 // check refuses what has no meaning.
@@ -350,6 +362,30 @@ func nativeSeccomp(spec *specs.Spec) (*specs.LinuxSeccomp, error) {
 	}
 	if len(profile.Architectures) > 1 {
 		profile.Architectures = profile.Architectures[:1] // the native one comes first
+	}
+	return profile, nil
+}
+
+// ownSeccomp reads a profile in docker's JSON, and takes of its rules those whose conditions hold: this architecture, the kernel and
+// the container's capabilities.
+func ownSeccomp(text string, spec *specs.Spec) (*specs.LinuxSeccomp, error) {
+	var written seccomp.Seccomp
+	if err := json.Unmarshal([]byte(text), &written); err != nil {
+		return nil, fmt.Errorf("not a profile as docker has them: %w", err)
+	}
+	if slices.Contains(written.Syscalls, nil) {
+		return nil, errors.New("not a profile as docker has them: an entry of syscalls is null")
+	}
+	profile, err := seccomp.LoadProfile(text, spec)
+	if err != nil || profile == nil {
+		return nil, err
+	}
+	notifies := func(c specs.LinuxSyscall) bool { return c.Action == specs.ActNotify }
+	switch {
+	case profile.ListenerPath != "" || profile.ListenerMetadata != "":
+		return nil, errors.New("listenerPath and listenerMetadata are not supported: nobody is asked about system calls")
+	case profile.DefaultAction == specs.ActNotify || slices.ContainsFunc(profile.Syscalls, notifies):
+		return nil, fmt.Errorf("%s is not supported: nobody is asked about system calls", specs.ActNotify)
 	}
 	return profile, nil
 }
