@@ -52,8 +52,9 @@ type measured struct {
 	Name    string   `json:"name"`
 	Version string   `json:"version"`
 	Samples []sample `json:"samples"`
-	// Slow says that the first run took longer than -slow, so that there is one sample, and no peak of memory.
-	Slow bool `json:"slow,omitempty"`
+	// Slow says that the runs took longer than -slow together, so that there are fewer samples, and no peak of memory.
+	Slow  bool `json:"slow,omitempty"`
+	spent time.Duration
 	// PeakMemory is the largest sum of the memory of all processes (PSS: shared pages count once), in bytes, sampled in one
 	// more run that was not timed.
 	PeakMemory int64 `json:"peak_memory_bytes"`
@@ -192,7 +193,8 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 			case n == b.runs:
 				m.PeakMemory = peak
 			case n >= 0:
-				m.Slow = i > 0 && sample.Wall > b.slow
+				m.spent += sample.Wall
+				m.Slow = i > 0 && m.spent > b.slow
 				m.Samples = append(m.Samples, sample)
 			}
 		}

@@ -123,7 +123,7 @@ func (r *result) table() string {
 	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after.", len(ours.Samples), r.load, r.loadAfter)
 	for _, m := range r.Contestants {
 		if m.Slow {
-			fmt.Fprintf(&w, " %s: one run, it is slow here.", m.Name)
+			fmt.Fprintf(&w, " %s: %d, it is slow here.", m.Name, len(m.Samples))
 		}
 	}
 	if k := r.find("buildkit"); k != nil && s.goal > 0 {
