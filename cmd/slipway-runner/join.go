@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 
-	"github.com/opencontainers/runc/libcontainer"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/seed-68981b69/slipway/executor/runc/wire"
@@ -22,35 +21,35 @@ func (s *server) handleJoin(req wire.Request, files []*os.File) {
 	s.mu.Lock()
 	c := s.containers[req.Container]
 	s.mu.Unlock()
-	var lc *libcontainer.Container
+	var r running
 	if c != nil {
-		lc = c.join()
+		r = c.join()
 	}
-	if lc == nil {
+	if r == nil {
 		closeAll(files)
 		s.send(wire.Event{Kind: wire.Failed, ID: req.ID, Class: wire.Ended, Message: "the container has ended"})
 		return
 	}
 	go func() {
 		defer c.joins.Done()
-		s.send(s.runJoined(lc, req, files))
+		s.send(s.runJoined(r, req, files))
 	}()
 }
 
 // join returns the container and counts the process that is about to join it, or returns nil when its first process has ended
 // or has not begun.
-func (c *container) join() *libcontainer.Container {
+func (c *container) join() running {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.lc == nil || c.killed {
+	if c.running == nil || c.killed {
 		return nil
 	}
 	c.joins.Add(1)
-	return c.lc
+	return c.running
 }
 
 // runJoined takes one such process from its request to its last event, which it returns.
-func (s *server) runJoined(lc *libcontainer.Container, req wire.Request, files []*os.File) wire.Event {
+func (s *server) runJoined(r running, req wire.Request, files []*os.File) wire.Event {
 	failed := func(class wire.Class, err error) wire.Event {
 		closeAll(files)
 		return wire.Event{Kind: wire.Failed, ID: req.ID, Class: class, Message: err.Error()}
@@ -62,8 +61,8 @@ func (s *server) runJoined(lc *libcontainer.Container, req wire.Request, files [
 	if len(files) != wantFiles {
 		return failed(wire.Other, fmt.Errorf("join: got %d files, want %d", len(files), wantFiles))
 	}
-	// A container that was made by a plan has a configuration without its seccomp profile: nothing may join it.
-	if config := lc.Config(); len(config.Mounts) == 0 {
+	lc, ok := r.(*standardContainer)
+	if !ok { // libcontainer knows nothing of it
 		return failed(wire.Other, errors.New("the container was not started to be joined"))
 	}
 	b, err := io.ReadAll(io.NewSectionReader(files[0], 0, 1<<30))

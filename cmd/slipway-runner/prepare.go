@@ -7,6 +7,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"sync"
 	"unsafe"
@@ -14,19 +15,22 @@ import (
 	"github.com/moby/sys/userns"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runc/libcontainer/exeseal"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// preparer turns runtime specs into what libcontainer needs, and keeps what is the same for many containers.
+// preparer turns runtime specs into what starts containers, and keeps what is the same for many of them.
 type preparer struct {
 	hierarchies []cgroupHierarchy
 	planning    bool // the kernel can carry plans out
 	inUserNS    bool // we are root of a user namespace only
+	trees       cgroupTrees
 
-	mu      sync.Mutex // guards filters
+	mu      sync.Mutex // guards filters and sealed
 	filters map[string]*filter
+	sealed  *os.File // this program, so that nobody can write to it through a process that runs it
 }
 
 // filter is a compiled seccomp profile, as the kernel has it in memory; nil in preparer.filters when it could not be compiled.
@@ -47,51 +51,48 @@ func newPreparer() *preparer {
 	return p
 }
 
-// prepare returns the configuration and the process of a container. plan is the file for its first process, nil when that
-// is to be libcontainer's own init.
-func (pr *preparer) prepare(id string, spec *specs.Spec, standard bool) (_ *configs.Config, _ *libcontainer.Process, plan *os.File, err error) {
-	process, err := newProcess(spec.Process)
-	if err != nil {
-		return nil, nil, nil, err
+// plan returns the plan for a container, nil when it is to be made by libcontainer.
+func (pr *preparer) plan(id string, spec *specs.Spec, standard bool) (*plan, error) {
+	if !pr.planning || standard {
+		return nil, nil
 	}
-	if pr.planning && !standard {
-		p, err := newPlan(id, spec, pr.filter(spec.Linux.Seccomp), pr.hierarchies)
-		if err == nil && pr.inUserNS {
-			p.inUserNamespace()
-		}
-		if err == nil {
-			if plan, err = p.file(); err != nil {
-				return nil, nil, nil, err
-			}
-			process.Env = nil
-			process.ExtraFiles = []*os.File{plan}
-			spec = withoutPlanned(spec)
-		} else if !errors.Is(err, errNotPlanned) {
-			return nil, nil, nil, err
-		}
+	p, err := newPlan(id, spec, pr.filter(spec.Linux.Seccomp), pr.hierarchies)
+	if errors.Is(err, errNotPlanned) {
+		return nil, nil
 	}
-	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
-		CgroupName: id, Spec: spec, RootlessCgroups: pr.inUserNS && spec.Linux.CgroupsPath == "",
-	})
-	if err != nil {
-		if plan != nil {
-			plan.Close()
-		}
-		return nil, nil, nil, err
+	if err == nil && pr.inUserNS {
+		p.inUserNamespace()
 	}
-	if plan != nil {
-		config.Devices = nil // the nodes; the device filter has its own list
-	}
-	return config, process, plan, nil
+	return p, err
 }
 
-// withoutPlanned is a spec without what its plan takes care of: libcontainer writes and sends its configuration around
-// several times.
-func withoutPlanned(spec *specs.Spec) *specs.Spec {
-	s, l := *spec, *spec.Linux
-	s.Linux = &l
-	s.Mounts, l.Seccomp, l.MaskedPaths, l.ReadonlyPaths, l.Sysctl = nil, nil, nil, nil, nil
-	return &s
+// options are how libcontainer is told about a container.
+func (pr *preparer) options(id string, spec *specs.Spec) *specconv.CreateOpts {
+	return &specconv.CreateOpts{CgroupName: id, Spec: spec, RootlessCgroups: pr.inUserNS && spec.Linux.CgroupsPath == ""}
+}
+
+// standard returns the configuration and the process of a container that libcontainer makes.
+func (pr *preparer) standard(id string, spec *specs.Spec) (*configs.Config, *libcontainer.Process, error) {
+	process, err := newProcess(spec.Process)
+	if err != nil {
+		return nil, nil, err
+	}
+	config, err := specconv.CreateLibcontainerConfig(pr.options(id, spec))
+	return config, process, err
+}
+
+// executable returns this program in a form that no container can write to, whatever it does with /proc/PID/exe
+// (CVE-2019-5736). dir is a directory that is not above or below this program.
+func (pr *preparer) executable(dir string) (*os.File, error) {
+	pr.mu.Lock()
+	defer pr.mu.Unlock()
+	if pr.sealed == nil {
+		var err error
+		if pr.sealed, err = exeseal.CloneSelfExe(dir); err != nil {
+			return nil, fmt.Errorf("seal the runner: %w", err)
+		}
+	}
+	return pr.sealed, nil
 }
 
 // filter returns a profile compiled, or nil when there is none or only libcontainer can compile it.

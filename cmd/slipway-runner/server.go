@@ -41,10 +41,45 @@ type server struct {
 type container struct {
 	id string
 
-	mu     sync.Mutex // guards lc, killed and that joins begins to wait
-	lc     *libcontainer.Container
-	killed bool           // asked for before the process was there
-	joins  sync.WaitGroup // processes that have joined
+	mu sync.Mutex // guards running, killed and that joins begins to wait
+	// running is there from the start of the process to its end.
+	running running
+	killed  bool           // asked for before the process was there
+	joins   sync.WaitGroup // processes that have joined
+}
+
+// running is a container whose first process has become the command.
+type running interface {
+	Signal(sig os.Signal) error
+	pid() int
+	// wait waits until nothing runs in the container.
+	wait() (*os.ProcessState, error)
+	// cgroupPaths are its cgroup directories by controller, "" on cgroup v2.
+	cgroupPaths() map[string]string
+	// destroy removes what is left of it.
+	destroy() error
+}
+
+// standardContainer is a container that libcontainer has made.
+type standardContainer struct {
+	*libcontainer.Container
+	process *libcontainer.Process
+}
+
+func (c *standardContainer) pid() int {
+	pid, _ := c.process.Pid()
+	return pid
+}
+
+func (c *standardContainer) wait() (*os.ProcessState, error) { return c.process.Wait() }
+func (c *standardContainer) destroy() error                  { return c.Destroy() }
+
+func (c *standardContainer) cgroupPaths() map[string]string {
+	state, err := c.State()
+	if err != nil {
+		return nil
+	}
+	return state.CgroupPaths
 }
 
 func newServer(conn *net.UnixConn) *server {
@@ -151,37 +186,29 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	if err != nil {
 		return failed(wire.Other, err)
 	}
-	config, p, plan, err := s.preparer.prepare(req.ID, spec, req.StandardInit)
+	plan, err := s.preparer.plan(req.ID, spec, req.StandardInit)
 	if err != nil {
 		return failed(wire.Other, err)
 	}
+	var r running
 	if plan != nil {
-		files = append(files, plan)
-	}
-	lc, err := libcontainer.Create(req.StateDir, req.ID, config)
-	if err != nil {
-		return failed(wire.Other, err)
-	}
-	if req.Terminal {
-		p.ConsoleSocket = files[1]
+		r, err = s.startPlanned(req, spec, plan, files[1:])
 	} else {
-		p.Stdin, p.Stdout, p.Stderr = files[1], files[2], files[3]
+		r, err = s.startStandard(req, spec, files[1:])
 	}
-	err = lc.Run(p)
 	closeAll(files) // the container has its own; an end kept here would keep the pipes open
 	files = nil
 	if err != nil {
-		err = errors.Join(err, lc.Destroy())
 		class, err := classify(err)
 		return failed(class, err)
 	}
-	pid, _ := p.Pid()
-	c.started(lc) // first: whoever hears of the start may join at once
-	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: pid})
-	paths := s.cgroupPaths(lc)
+	c.started(r) // first: whoever hears of the start may join at once
+	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: r.pid()})
+	paths := r.cgroupPaths()
+	s.rememberParents(paths)
 	memory := watchMemory(paths)
 
-	state, err := p.Wait()
+	state, err := r.wait()
 	ev := wire.Event{Kind: wire.Exited, ID: req.ID, Code: 255}
 	if state != nil {
 		ev.Code = exitCode(state)
@@ -192,10 +219,31 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	ev.PeakMemoryBytes = memory.end(ev.PeakMemoryBytes)
 	c.ended()
 	c.joins.Wait()
-	if err := lc.Destroy(); err != nil {
+	if err := r.destroy(); err != nil {
 		ev.Message = fmt.Sprintf("remove container: %v", err)
 	}
 	return ev
+}
+
+// startStandard has a container made by libcontainer. After an error nothing of it is left.
+func (s *server) startStandard(req wire.Request, spec *specs.Spec, stdio []*os.File) (*standardContainer, error) {
+	config, p, err := s.preparer.standard(req.ID, spec)
+	if err != nil {
+		return nil, err
+	}
+	lc, err := libcontainer.Create(req.StateDir, req.ID, config)
+	if err != nil {
+		return nil, err
+	}
+	if req.Terminal {
+		p.ConsoleSocket = stdio[0]
+	} else {
+		p.Stdin, p.Stdout, p.Stderr = stdio[0], stdio[1], stdio[2]
+	}
+	if err := lc.Run(p); err != nil {
+		return nil, errors.Join(err, lc.Destroy())
+	}
+	return &standardContainer{lc, p}, nil
 }
 
 func readSpec(f *os.File) (*specs.Spec, error) {
@@ -221,11 +269,13 @@ func exitCode(state *os.ProcessState) int {
 	return ws.ExitStatus()
 }
 
+// duringInit begins the errors of first processes, in libcontainer's words.
+const duringInit = "error during container init: "
+
 // classify finds out whether the user's command was at fault. libcontainer's init reports as text, so text is what
 // there is to look at; the words are Go's own (os/exec) and the kernel's. A process that joins reports without the first words.
 func classify(err error) (wire.Class, error) {
 	text := strings.TrimPrefix(err.Error(), "unable to start container process: ")
-	const duringInit = "error during container init: "
 	during := false
 	if _, after, ok := strings.Cut(text, duringInit); ok {
 		text, during = after, true
@@ -248,12 +298,12 @@ func classify(err error) (wire.Class, error) {
 }
 
 // started makes the container reachable for signals; a kill that came too early is done now.
-func (c *container) started(lc *libcontainer.Container) {
+func (c *container) started(r running) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.lc = lc
+	c.running = r
 	if c.killed {
-		_ = lc.Signal(unix.SIGKILL)
+		_ = r.Signal(unix.SIGKILL)
 	}
 }
 
@@ -261,7 +311,7 @@ func (c *container) started(lc *libcontainer.Container) {
 func (c *container) ended() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.lc = nil
+	c.running = nil
 }
 
 // kill kills the first process; the kernel then kills everything else in its PID namespace.
@@ -269,29 +319,24 @@ func (c *container) kill() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.killed = true
-	if c.lc != nil {
-		_ = c.lc.Signal(unix.SIGKILL)
+	if c.running != nil {
+		_ = c.running.Signal(unix.SIGKILL)
 	}
 }
 
 func (c *container) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.lc != nil {
-		_ = c.lc.Signal(sig)
+	if c.running != nil {
+		_ = c.running.Signal(sig)
 	}
 }
 
-// cgroupPaths returns the container's cgroup directories by controller ("" on cgroup v2) and remembers those above
-// them that were made for us.
-func (s *server) cgroupPaths(lc *libcontainer.Container) map[string]string {
-	state, err := lc.State()
-	if err != nil {
-		return nil
-	}
+// rememberParents remembers the directories above a container's cgroups that were made for us.
+func (s *server) rememberParents(paths map[string]string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range state.CgroupPaths {
+	for _, p := range paths {
 		for dir := filepath.Dir(p); ; dir = filepath.Dir(dir) {
 			if strings.HasPrefix(filepath.Base(dir), wire.CgroupPrefix) {
 				s.parents[dir] = struct{}{}
@@ -306,7 +351,6 @@ func (s *server) cgroupPaths(lc *libcontainer.Container) map[string]string {
 			s.parents[dir] = struct{}{}
 		}
 	}
-	return state.CgroupPaths
 }
 
 // removeParents removes the cgroup directories above our containers, deepest first. One that is in use stays.
