@@ -51,12 +51,16 @@ func newPreparer() *preparer {
 	return p
 }
 
-// plan returns the plan for a container, nil when it is to be made by libcontainer.
-func (pr *preparer) plan(id string, spec *specs.Spec, standard bool) (*plan, error) {
+// plan returns the plan for a container, nil when it is to be made by libcontainer. profile is its seccomp profile as JSON.
+func (pr *preparer) plan(id string, spec *specs.Spec, profile []byte, standard bool) (*plan, error) {
 	if !pr.planning || standard {
 		return nil, nil
 	}
-	p, err := newPlan(id, spec, pr.filter(spec.Linux.Seccomp), pr.hierarchies)
+	filter := pr.filter(profile)
+	if filter == nil && len(profile) > 0 {
+		return nil, nil
+	}
+	p, err := newPlan(id, spec, filter, pr.hierarchies)
 	if errors.Is(err, errNotPlanned) {
 		return nil, nil
 	}
@@ -72,7 +76,11 @@ func (pr *preparer) options(id string, spec *specs.Spec) *specconv.CreateOpts {
 }
 
 // standard returns the configuration and the process of a container that libcontainer makes.
-func (pr *preparer) standard(id string, spec *specs.Spec) (*configs.Config, *libcontainer.Process, error) {
+func (pr *preparer) standard(id string, spec *specs.Spec, profile []byte) (*configs.Config, *libcontainer.Process, error) {
+	var err error
+	if spec.Linux.Seccomp, err = decodeProfile(profile); err != nil {
+		return nil, nil, err
+	}
 	process, err := newProcess(spec.Process)
 	if err != nil {
 		return nil, nil, err
@@ -95,28 +103,37 @@ func (pr *preparer) executable(dir string) (*os.File, error) {
 	return pr.sealed, nil
 }
 
-// filter returns a profile compiled, or nil when there is none or only libcontainer can compile it.
-func (pr *preparer) filter(profile *specs.LinuxSeccomp) *filter {
-	if profile == nil {
-		return nil
-	}
-	key, err := json.Marshal(profile)
-	if err != nil {
+// filter returns a profile, given as JSON, compiled; nil when there is none or only libcontainer can compile it.
+func (pr *preparer) filter(profile []byte) *filter {
+	if len(profile) == 0 {
 		return nil
 	}
 	pr.mu.Lock()
 	defer pr.mu.Unlock()
-	f, known := pr.filters[string(key)]
+	f, known := pr.filters[string(profile)]
 	if known {
 		return f
 	}
-	if program, flags, err := compileFilter(profile); err == nil {
-		size := len(program) * int(unsafe.Sizeof(unix.SockFilter{}))
-		f = &filter{program: unsafe.Slice((*byte)(unsafe.Pointer(&program[0])), size), flags: flags}
+	if decoded, err := decodeProfile(profile); err == nil {
+		if program, flags, err := compileFilter(decoded); err == nil {
+			size := len(program) * int(unsafe.Sizeof(unix.SockFilter{}))
+			f = &filter{program: unsafe.Slice((*byte)(unsafe.Pointer(&program[0])), size), flags: flags}
+		}
 	}
 	if len(pr.filters) >= maxFilters {
 		clear(pr.filters)
 	}
-	pr.filters[string(key)] = f
+	pr.filters[string(profile)] = f
 	return f
+}
+
+func decodeProfile(profile []byte) (*specs.LinuxSeccomp, error) {
+	if len(profile) == 0 {
+		return nil, nil
+	}
+	var decoded specs.LinuxSeccomp
+	if err := json.Unmarshal(profile, &decoded); err != nil {
+		return nil, fmt.Errorf("seccomp profile: %w", err)
+	}
+	return &decoded, nil
 }

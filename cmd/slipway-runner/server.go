@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -182,11 +183,11 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	if len(files) != wantFiles {
 		return failed(wire.Other, fmt.Errorf("start: got %d files, want %d", len(files), wantFiles))
 	}
-	spec, err := readSpec(files[0])
+	spec, profile, err := readSpec(files[0])
 	if err != nil {
 		return failed(wire.Other, err)
 	}
-	plan, err := s.preparer.plan(req.ID, spec, req.StandardInit)
+	plan, err := s.preparer.plan(req.ID, spec, profile, req.StandardInit)
 	if err != nil {
 		return failed(wire.Other, err)
 	}
@@ -194,7 +195,7 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	if plan != nil {
 		r, err = s.startPlanned(req, spec, plan, files[1:])
 	} else {
-		r, err = s.startStandard(req, spec, files[1:])
+		r, err = s.startStandard(req, spec, profile, files[1:])
 	}
 	closeAll(files) // the container has its own; an end kept here would keep the pipes open
 	files = nil
@@ -226,8 +227,8 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 }
 
 // startStandard has a container made by libcontainer. After an error nothing of it is left.
-func (s *server) startStandard(req wire.Request, spec *specs.Spec, stdio []*os.File) (*standardContainer, error) {
-	config, p, err := s.preparer.standard(req.ID, spec)
+func (s *server) startStandard(req wire.Request, spec *specs.Spec, profile []byte, stdio []*os.File) (*standardContainer, error) {
+	config, p, err := s.preparer.standard(req.ID, spec, profile)
 	if err != nil {
 		return nil, err
 	}
@@ -246,19 +247,21 @@ func (s *server) startStandard(req wire.Request, spec *specs.Spec, stdio []*os.F
 	return &standardContainer{lc, p}, nil
 }
 
-func readSpec(f *os.File) (*specs.Spec, error) {
+// readSpec reads what comes with an OpStart: the spec, and its seccomp profile as JSON.
+func readSpec(f *os.File) (_ *specs.Spec, profile []byte, err error) {
 	b, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<30))
 	if err != nil {
-		return nil, fmt.Errorf("read runtime spec: %w", err)
+		return nil, nil, fmt.Errorf("read runtime spec: %w", err)
 	}
+	text, profile, _ := bytes.Cut(b, []byte("\n"))
 	var spec specs.Spec
-	if err := json.Unmarshal(b, &spec); err != nil {
-		return nil, fmt.Errorf("runtime spec: %w", err)
+	if err := json.Unmarshal(text, &spec); err != nil {
+		return nil, nil, fmt.Errorf("runtime spec: %w", err)
 	}
 	if spec.Process == nil || spec.Linux == nil {
-		return nil, errors.New("runtime spec: no process or no linux section")
+		return nil, nil, errors.New("runtime spec: no process or no linux section")
 	}
-	return &spec, nil
+	return &spec, profile, nil
 }
 
 func exitCode(state *os.ProcessState) int {
