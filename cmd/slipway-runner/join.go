@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/opencontainers/runc/libcontainer"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/seed-68981b69/slipway/executor/runc/wire"
@@ -21,35 +22,35 @@ func (s *server) handleJoin(req wire.Request, files []*os.File) {
 	s.mu.Lock()
 	c := s.containers[req.Container]
 	s.mu.Unlock()
-	var r running
+	var lc *libcontainer.Container
 	if c != nil {
-		r = c.join()
+		lc = c.join()
 	}
-	if r == nil {
+	if lc == nil {
 		closeAll(files)
 		s.send(wire.Event{Kind: wire.Failed, ID: req.ID, Class: wire.Ended, Message: "the container has ended"})
 		return
 	}
 	go func() {
 		defer c.joins.Done()
-		s.send(s.runJoined(r, req, files))
+		s.send(s.runJoined(lc, req, files))
 	}()
 }
 
 // join returns the container and counts the process that is about to join it, or returns nil when its first process has ended
 // or has not begun.
-func (c *container) join() running {
+func (c *container) join() *libcontainer.Container {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.running == nil || c.killed {
+	if c.lc == nil || c.killed {
 		return nil
 	}
 	c.joins.Add(1)
-	return c.running
+	return c.lc
 }
 
 // runJoined takes one such process from its request to its last event, which it returns.
-func (s *server) runJoined(r running, req wire.Request, files []*os.File) wire.Event {
+func (s *server) runJoined(lc *libcontainer.Container, req wire.Request, files []*os.File) wire.Event {
 	failed := func(class wire.Class, err error) wire.Event {
 		closeAll(files)
 		return wire.Event{Kind: wire.Failed, ID: req.ID, Class: class, Message: err.Error()}
@@ -61,8 +62,8 @@ func (s *server) runJoined(r running, req wire.Request, files []*os.File) wire.E
 	if len(files) != wantFiles {
 		return failed(wire.Other, fmt.Errorf("join: got %d files, want %d", len(files), wantFiles))
 	}
-	lc, ok := r.(*standardContainer)
-	if !ok { // libcontainer knows nothing of it
+	// A container that was made by a plan has a configuration without its seccomp profile: nothing may join it.
+	if config := lc.Config(); len(config.Mounts) == 0 {
 		return failed(wire.Other, errors.New("the container was not started to be joined"))
 	}
 	b, err := io.ReadAll(io.NewSectionReader(files[0], 0, 1<<30))

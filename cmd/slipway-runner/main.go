@@ -7,9 +7,9 @@
 // it over a socket (executor/runc/wire); when the engine's end closes, the runner kills and removes all its
 // containers and exits.
 //
-// It has four faces: without arguments it serves; "container" is the first process in a container that the runner has planned
-// (plan.go) and makes it (setup.go); "init" is the first process in one that libcontainer makes, because it has what plans
-// have not; "reap" is the small init that users ask for with --init.
+// It has three faces: without arguments it serves; "init" is the first process in a container, started by libcontainer,
+// which makes the container as the runner has planned it (setup.go) or, without a plan, as libcontainer does; "reap" is
+// the small init that users ask for with --init.
 package main
 
 import (
@@ -32,9 +32,10 @@ func init() {
 		return
 	}
 	switch os.Args[1] {
-	case "container": // neither of the two returns
-		runPlan()
-	case "init":
+	case "init": // neither of the two returns
+		if planned() {
+			runPlan()
+		}
 		libcontainer.Init()
 	case "reap":
 		os.Exit(reap(os.Args[2:]))

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/sys/capability"
@@ -21,12 +22,8 @@ import (
 	"github.com/seed-68981b69/slipway/executor/runc/wire"
 )
 
-// Where the first process of a container finds its plan, its socket to the runner and the network namespace that it is to join.
-const (
-	planFD = 3 + iota
-	syncFD
-	networkFD
-)
+// planFD is where the first process of a container finds its plan: libcontainer puts extra files before its own.
+const planFD = 3
 
 // plan is what the first process of a container does before it becomes the user's, decided in advance by the runner so
 // that the process only has to carry it out (setup.go). It covers what build steps and ordinary containers need; for
@@ -37,21 +34,20 @@ type plan struct {
 	Hostname string
 	Keyring  string
 	Mounts   []planMount
-	// NewNetwork says that the network namespace is new, and its loopback interface down. Network is the path of one to join; the
-	// process has it open. Without either it stays in the host's.
-	NewNetwork bool
-	Network    string
-	Sysctls    [][2]string // path below /proc/sys, value
-	Masked     []string
+	// Loopback says that the network namespace is new, and its loopback interface down.
+	Loopback bool
+	Sysctls  [][2]string // path below /proc/sys, value
+	Masked   []string
 	// ReadonlyPaths and Masked are absolute paths in the container; what is not there is left out.
 	ReadonlyPaths []string
+	// SyncEarly says that nothing the runner does to the process can hinder its own setting up.
+	SyncEarly bool
 
 	Args     []string
 	Env      []string
 	Cwd      string
 	UID, GID int
 	Groups   []uint32
-	Rlimits  []planRlimit
 	// BindDevices says that the nodes of /dev are the host's, bound: in a user namespace none can be made. They are then
 	// among Mounts. KeepGroups says that the namespace does not let anybody choose groups.
 	BindDevices, KeepGroups bool
@@ -82,12 +78,6 @@ type planMount struct {
 	Hierarchies   []cgroupHierarchy `json:",omitempty"`
 }
 
-// planRlimit is a resource limit by the kernel's number of it.
-type planRlimit struct {
-	Resource   int
-	Soft, Hard uint64
-}
-
 // cgroupHierarchy is one hierarchy of cgroup v1: the directory it is known by and its mount options.
 type cgroupHierarchy struct{ Name, Data string }
 
@@ -113,10 +103,6 @@ func newPlan(id string, spec *specs.Spec, filter *filter, hierarchies []cgroupHi
 		return nil, notPlanned("hooks, labels or other rare settings")
 	case p.ApparmorProfile != "", p.SelinuxLabel != "", p.Scheduler != nil, p.IOPriority != nil, p.ExecCPUAffinity != nil, p.User.Umask != nil:
 		return nil, notPlanned("labels or scheduling of the process")
-	case l.Resources != nil && (l.Resources.HugepageLimits != nil || l.Resources.Network != nil || l.Resources.Rdma != nil || l.Resources.Unified != nil):
-		return nil, notPlanned("limits of other controllers")
-	case p.OOMScoreAdj != nil:
-		return nil, notPlanned("an OOM score")
 	case l.RootfsPropagation != "rslave":
 		return nil, notPlanned("propagation %q", l.RootfsPropagation)
 	case l.Seccomp != nil:
@@ -124,14 +110,14 @@ func newPlan(id string, spec *specs.Spec, filter *filter, hierarchies []cgroupHi
 	}
 	out := &plan{
 		Rootfs: spec.Root.Path, Readonly: spec.Root.Readonly, Hostname: spec.Hostname, Keyring: "_ses." + id,
-		Masked: l.MaskedPaths, ReadonlyPaths: l.ReadonlyPaths,
+		Masked: l.MaskedPaths, ReadonlyPaths: l.ReadonlyPaths, SyncEarly: len(p.Rlimits) == 0,
 		Args: p.Args, Cwd: p.Cwd, UID: int(p.User.UID), GID: int(p.User.GID), Groups: p.User.AdditionalGids,
 		NoNewPrivileges: p.NoNewPrivileges,
 	}
 	want := map[specs.LinuxNamespaceType]bool{specs.PIDNamespace: true, specs.MountNamespace: true, specs.IPCNamespace: true, specs.UTSNamespace: true, specs.CgroupNamespace: true}
 	for _, ns := range l.Namespaces {
 		if ns.Type == specs.NetworkNamespace {
-			out.NewNetwork, out.Network = ns.Path == "", ns.Path
+			out.Loopback = ns.Path == ""
 			continue
 		}
 		if !want[ns.Type] || ns.Path != "" {
@@ -156,13 +142,6 @@ func newPlan(id string, spec *specs.Spec, filter *filter, hierarchies []cgroupHi
 		if !slices.ContainsFunc(out.Mounts, func(m planMount) bool { return m.Target == needed && !m.Bind }) {
 			return nil, notPlanned("%s is not the container's own", needed)
 		}
-	}
-	for _, limit := range p.Rlimits {
-		number, ok := wire.RlimitNumber(limit.Type)
-		if !ok {
-			return nil, fmt.Errorf("unknown resource limit %q", limit.Type)
-		}
-		out.Rlimits = append(out.Rlimits, planRlimit{number, limit.Soft, limit.Hard})
 	}
 	var err error
 	if out.Env, err = environment(p.Env); err != nil {
@@ -330,4 +309,9 @@ func (p *plan) file() (*os.File, error) {
 		return nil, err
 	}
 	return wire.MemFile("plan", b)
+}
+
+// planned says whether this process, the first of a container, has a plan: libcontainer's own files then begin behind it.
+func planned() bool {
+	return os.Getenv("_LIBCONTAINER_INITPIPE") == strconv.Itoa(planFD+1) && os.Getenv("_LIBCONTAINER_CONSOLE") == ""
 }

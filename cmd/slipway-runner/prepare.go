@@ -15,22 +15,19 @@ import (
 	"github.com/moby/sys/userns"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
-	"github.com/opencontainers/runc/libcontainer/exeseal"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// preparer turns runtime specs into what starts containers, and keeps what is the same for many of them.
+// preparer turns runtime specs into what libcontainer needs, and keeps what is the same for many containers.
 type preparer struct {
 	hierarchies []cgroupHierarchy
 	planning    bool // the kernel can carry plans out
 	inUserNS    bool // we are root of a user namespace only
-	trees       cgroupTrees
 
-	mu      sync.Mutex // guards filters and sealed
+	mu      sync.Mutex // guards filters
 	filters map[string]*filter
-	sealed  *os.File // this program, so that nobody can write to it through a process that runs it
 }
 
 // filter is a compiled seccomp profile, as the kernel has it in memory; nil in preparer.filters when it could not be compiled.
@@ -51,8 +48,40 @@ func newPreparer() *preparer {
 	return p
 }
 
-// plan returns the plan for a container, nil when it is to be made by libcontainer. profile is its seccomp profile as JSON.
-func (pr *preparer) plan(id string, spec *specs.Spec, profile []byte, standard bool) (*plan, error) {
+// prepare returns the configuration and the process of a container. profile is its seccomp profile as JSON. plan is the file for
+// its first process, nil when that is to be libcontainer's own init.
+func (pr *preparer) prepare(id string, spec *specs.Spec, profile []byte, standard bool) (_ *configs.Config, _ *libcontainer.Process, plan *os.File, err error) {
+	process, err := newProcess(spec.Process)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if plan, err = pr.plan(id, spec, profile, standard); err != nil {
+		return nil, nil, nil, err
+	}
+	if plan != nil {
+		process.Env = nil
+		process.ExtraFiles = []*os.File{plan}
+		spec = withoutPlanned(spec)
+	} else if spec.Linux.Seccomp, err = decodeProfile(profile); err != nil {
+		return nil, nil, nil, err
+	}
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
+		CgroupName: id, Spec: spec, RootlessCgroups: pr.inUserNS && spec.Linux.CgroupsPath == "",
+	})
+	if err != nil {
+		if plan != nil {
+			plan.Close()
+		}
+		return nil, nil, nil, err
+	}
+	if plan != nil {
+		config.Devices = nil // the nodes; the device filter has its own list
+	}
+	return config, process, plan, nil
+}
+
+// plan returns the plan for a container as a file, nil when libcontainer's own init is to make it.
+func (pr *preparer) plan(id string, spec *specs.Spec, profile []byte, standard bool) (*os.File, error) {
 	if !pr.planning || standard {
 		return nil, nil
 	}
@@ -64,43 +93,22 @@ func (pr *preparer) plan(id string, spec *specs.Spec, profile []byte, standard b
 	if errors.Is(err, errNotPlanned) {
 		return nil, nil
 	}
-	if err == nil && pr.inUserNS {
+	if err != nil {
+		return nil, err
+	}
+	if pr.inUserNS {
 		p.inUserNamespace()
 	}
-	return p, err
+	return p.file()
 }
 
-// options are how libcontainer is told about a container.
-func (pr *preparer) options(id string, spec *specs.Spec) *specconv.CreateOpts {
-	return &specconv.CreateOpts{CgroupName: id, Spec: spec, RootlessCgroups: pr.inUserNS && spec.Linux.CgroupsPath == ""}
-}
-
-// standard returns the configuration and the process of a container that libcontainer makes.
-func (pr *preparer) standard(id string, spec *specs.Spec, profile []byte) (*configs.Config, *libcontainer.Process, error) {
-	var err error
-	if spec.Linux.Seccomp, err = decodeProfile(profile); err != nil {
-		return nil, nil, err
-	}
-	process, err := newProcess(spec.Process)
-	if err != nil {
-		return nil, nil, err
-	}
-	config, err := specconv.CreateLibcontainerConfig(pr.options(id, spec))
-	return config, process, err
-}
-
-// executable returns this program in a form that no container can write to, whatever it does with /proc/PID/exe
-// (CVE-2019-5736). dir is a directory that is not above or below this program.
-func (pr *preparer) executable(dir string) (*os.File, error) {
-	pr.mu.Lock()
-	defer pr.mu.Unlock()
-	if pr.sealed == nil {
-		var err error
-		if pr.sealed, err = exeseal.CloneSelfExe(dir); err != nil {
-			return nil, fmt.Errorf("seal the runner: %w", err)
-		}
-	}
-	return pr.sealed, nil
+// withoutPlanned is a spec without what its plan takes care of: libcontainer writes and sends its configuration around
+// several times.
+func withoutPlanned(spec *specs.Spec) *specs.Spec {
+	s, l := *spec, *spec.Linux
+	s.Linux = &l
+	s.Mounts, l.Seccomp, l.MaskedPaths, l.ReadonlyPaths, l.Sysctl = nil, nil, nil, nil, nil
+	return &s
 }
 
 // filter returns a profile, given as JSON, compiled; nil when there is none or only libcontainer can compile it.

@@ -42,45 +42,10 @@ type server struct {
 type container struct {
 	id string
 
-	mu sync.Mutex // guards running, killed and that joins begins to wait
-	// running is there from the start of the process to its end.
-	running running
-	killed  bool           // asked for before the process was there
-	joins   sync.WaitGroup // processes that have joined
-}
-
-// running is a container whose first process has become the command.
-type running interface {
-	Signal(sig os.Signal) error
-	pid() int
-	// wait waits until nothing runs in the container.
-	wait() (*os.ProcessState, error)
-	// cgroupPaths are its cgroup directories by controller, "" on cgroup v2.
-	cgroupPaths() map[string]string
-	// destroy removes what is left of it.
-	destroy() error
-}
-
-// standardContainer is a container that libcontainer has made.
-type standardContainer struct {
-	*libcontainer.Container
-	process *libcontainer.Process
-}
-
-func (c *standardContainer) pid() int {
-	pid, _ := c.process.Pid()
-	return pid
-}
-
-func (c *standardContainer) wait() (*os.ProcessState, error) { return c.process.Wait() }
-func (c *standardContainer) destroy() error                  { return c.Destroy() }
-
-func (c *standardContainer) cgroupPaths() map[string]string {
-	state, err := c.State()
-	if err != nil {
-		return nil
-	}
-	return state.CgroupPaths
+	mu     sync.Mutex // guards lc, killed and that joins begins to wait
+	lc     *libcontainer.Container
+	killed bool           // asked for before the process was there
+	joins  sync.WaitGroup // processes that have joined
 }
 
 func newServer(conn *net.UnixConn) *server {
@@ -187,29 +152,37 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	if err != nil {
 		return failed(wire.Other, err)
 	}
-	plan, err := s.preparer.plan(req.ID, spec, profile, req.StandardInit)
+	config, p, plan, err := s.preparer.prepare(req.ID, spec, profile, req.StandardInit)
 	if err != nil {
 		return failed(wire.Other, err)
 	}
-	var r running
 	if plan != nil {
-		r, err = s.startPlanned(req, spec, plan, files[1:])
-	} else {
-		r, err = s.startStandard(req, spec, profile, files[1:])
+		files = append(files, plan)
 	}
+	lc, err := libcontainer.Create(req.StateDir, req.ID, config)
+	if err != nil {
+		return failed(wire.Other, err)
+	}
+	if req.Terminal {
+		p.ConsoleSocket = files[1]
+	} else {
+		p.Stdin, p.Stdout, p.Stderr = files[1], files[2], files[3]
+	}
+	err = lc.Run(p)
 	closeAll(files) // the container has its own; an end kept here would keep the pipes open
 	files = nil
 	if err != nil {
+		err = errors.Join(err, lc.Destroy())
 		class, err := classify(err)
 		return failed(class, err)
 	}
-	c.started(r) // first: whoever hears of the start may join at once
-	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: r.pid()})
-	paths := r.cgroupPaths()
-	s.rememberParents(paths)
+	pid, _ := p.Pid()
+	c.started(lc) // first: whoever hears of the start may join at once
+	s.send(wire.Event{Kind: wire.Started, ID: req.ID, PID: pid})
+	paths := s.cgroupPaths(lc)
 	memory := watchMemory(paths)
 
-	state, err := r.wait()
+	state, err := p.Wait()
 	ev := wire.Event{Kind: wire.Exited, ID: req.ID, Code: 255}
 	if state != nil {
 		ev.Code = exitCode(state)
@@ -220,31 +193,10 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	ev.PeakMemoryBytes = memory.end(ev.PeakMemoryBytes)
 	c.ended()
 	c.joins.Wait()
-	if err := r.destroy(); err != nil {
+	if err := lc.Destroy(); err != nil {
 		ev.Message = fmt.Sprintf("remove container: %v", err)
 	}
 	return ev
-}
-
-// startStandard has a container made by libcontainer. After an error nothing of it is left.
-func (s *server) startStandard(req wire.Request, spec *specs.Spec, profile []byte, stdio []*os.File) (*standardContainer, error) {
-	config, p, err := s.preparer.standard(req.ID, spec, profile)
-	if err != nil {
-		return nil, err
-	}
-	lc, err := libcontainer.Create(req.StateDir, req.ID, config)
-	if err != nil {
-		return nil, err
-	}
-	if req.Terminal {
-		p.ConsoleSocket = stdio[0]
-	} else {
-		p.Stdin, p.Stdout, p.Stderr = stdio[0], stdio[1], stdio[2]
-	}
-	if err := lc.Run(p); err != nil {
-		return nil, errors.Join(err, lc.Destroy())
-	}
-	return &standardContainer{lc, p}, nil
 }
 
 // readSpec reads what comes with an OpStart: the spec, and its seccomp profile as JSON.
@@ -272,13 +224,11 @@ func exitCode(state *os.ProcessState) int {
 	return ws.ExitStatus()
 }
 
-// duringInit begins the errors of first processes, in libcontainer's words.
-const duringInit = "error during container init: "
-
 // classify finds out whether the user's command was at fault. libcontainer's init reports as text, so text is what
 // there is to look at; the words are Go's own (os/exec) and the kernel's. A process that joins reports without the first words.
 func classify(err error) (wire.Class, error) {
 	text := strings.TrimPrefix(err.Error(), "unable to start container process: ")
+	const duringInit = "error during container init: "
 	during := false
 	if _, after, ok := strings.Cut(text, duringInit); ok {
 		text, during = after, true
@@ -301,12 +251,12 @@ func classify(err error) (wire.Class, error) {
 }
 
 // started makes the container reachable for signals; a kill that came too early is done now.
-func (c *container) started(r running) {
+func (c *container) started(lc *libcontainer.Container) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.running = r
+	c.lc = lc
 	if c.killed {
-		_ = r.Signal(unix.SIGKILL)
+		_ = lc.Signal(unix.SIGKILL)
 	}
 }
 
@@ -314,7 +264,7 @@ func (c *container) started(r running) {
 func (c *container) ended() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.running = nil
+	c.lc = nil
 }
 
 // kill kills the first process; the kernel then kills everything else in its PID namespace.
@@ -322,24 +272,29 @@ func (c *container) kill() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.killed = true
-	if c.running != nil {
-		_ = c.running.Signal(unix.SIGKILL)
+	if c.lc != nil {
+		_ = c.lc.Signal(unix.SIGKILL)
 	}
 }
 
 func (c *container) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.running != nil {
-		_ = c.running.Signal(sig)
+	if c.lc != nil {
+		_ = c.lc.Signal(sig)
 	}
 }
 
-// rememberParents remembers the directories above a container's cgroups that were made for us.
-func (s *server) rememberParents(paths map[string]string) {
+// cgroupPaths returns the container's cgroup directories by controller ("" on cgroup v2) and remembers those above
+// them that were made for us.
+func (s *server) cgroupPaths(lc *libcontainer.Container) map[string]string {
+	state, err := lc.State()
+	if err != nil {
+		return nil
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range paths {
+	for _, p := range state.CgroupPaths {
 		for dir := filepath.Dir(p); ; dir = filepath.Dir(dir) {
 			if strings.HasPrefix(filepath.Base(dir), wire.CgroupPrefix) {
 				s.parents[dir] = struct{}{}
@@ -354,6 +309,7 @@ func (s *server) rememberParents(paths map[string]string) {
 			s.parents[dir] = struct{}{}
 		}
 	}
+	return state.CgroupPaths
 }
 
 // removeParents removes the cgroup directories above our containers, deepest first. One that is in use stays.

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -22,7 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This is the first process of a container, from its start in its namespaces (planned.go) to the user's command. libcontainer's own code for this part is made for every kernel and every configuration: it walks each path
+// This is the first process of a container, between libcontainer's C code, which has made the namespaces, and the user's
+// command. libcontainer's own code for this part is made for every kernel and every configuration: it walks each path
 // again for each mount and compiles the seccomp filter, which is most of what a short container costs (30 ms of CPU of
 // 47). Here the work was planned by the runner; what remains is to carry it out, with the mount calls of Linux 5.2 and
 // 5.12, which work on descriptors: a path inside the image is resolved once, in the kernel, bound to the root
@@ -30,12 +32,14 @@ import (
 //
 // The order matters for safety, and is libcontainer's: everything that needs privilege first; then the seccomp filter,
 // while that still takes CAP_SYS_ADMIN, or as the very last with no_new_privs; then the bounding set, user and
-// capabilities; all descriptors closed before execve.
+// capabilities; all descriptors closed before execve. The runner is told over libcontainer's socket, in its words.
 
 // setup is the state of the process while it makes the container.
 type setup struct {
 	plan plan
-	sync int // the runner's socket; -1 once it is closed
+	sync int // libcontainer's socket; -1 once it is closed
+	log  int
+	fifo int
 	root int // the root file system, mounted on itself
 	proc int // the container's /proc, not yet covered by anything
 	dev  int // the container's /dev, -1 when the plan has none of ours
@@ -45,10 +49,13 @@ type setup struct {
 func runPlan() {
 	debug.SetGCPercent(-1)
 	runtime.LockOSThread() // credentials and filters belong to a thread
-	s := &setup{sync: syncFD, dev: -1, proc: -1}
+	s := &setup{sync: -1, dev: -1, proc: -1}
 	err := s.run()
 	if s.sync >= 0 {
-		err = s.tell(sayError + err.Error())
+		arg, _ := json.Marshal(struct {
+			Message string `json:"message"`
+		}{err.Error()})
+		err = s.tell("procError", arg)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -65,16 +72,20 @@ func (s *setup) run() (err error) {
 	if err := s.open(); err != nil {
 		return err
 	}
-	if err := s.enter(); err != nil {
-		return err
-	}
 	if err := s.makeDev(); err != nil {
 		return fmt.Errorf("make /dev: %w", err)
+	}
+	if s.plan.SyncEarly {
+		// The runner sets limits and writes its state while we mount. The device filter comes with the limits, so from
+		// here until they agree no device is made or opened.
+		if err := errors.Join(s.tell("procHooks", nil), s.tell("procReady", nil)); err != nil {
+			return err
+		}
 	}
 	if err := s.joinKeyring(); err != nil {
 		return err
 	}
-	if s.plan.NewNetwork {
+	if s.plan.Loopback {
 		if err := loopbackUp(); err != nil {
 			return fmt.Errorf("bring up loopback: %w", err)
 		}
@@ -92,6 +103,9 @@ func (s *setup) run() (err error) {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			return fmt.Errorf("no new privileges: %w", err)
 		}
+	}
+	if err := s.agree(); err != nil {
+		return err
 	}
 	if err := s.reopenNull(); err != nil {
 		return err
@@ -116,17 +130,20 @@ func (s *setup) run() (err error) {
 	return s.exec(name)
 }
 
-// open reads the plan.
+// open finds the plan and libcontainer's descriptors.
 func (s *setup) open() error {
+	fd := func(name string) int {
+		n, err := strconv.Atoi(os.Getenv("_LIBCONTAINER_" + name))
+		if err != nil {
+			return -1
+		}
+		return n
+	}
+	s.sync, s.log, s.fifo = fd("SYNCPIPE"), fd("LOGPIPE"), fd("FIFOFD")
+	if s.sync < 0 || s.log < 0 || s.fifo < 0 {
+		return errors.New("libcontainer's descriptors are missing")
+	}
 	os.Clearenv()
-	// Nothing of this may be there after execve, whatever happens in between.
-	if err := unix.CloseRange(planFD, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return fmt.Errorf("descriptors: %w", err)
-	}
-	// Nobody may trace this process or look at what it has open.
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("be undumpable: %w", err)
-	}
 	var st unix.Stat_t
 	if err := unix.Fstat(planFD, &st); err != nil {
 		return fmt.Errorf("read plan: %w", err)
@@ -138,38 +155,28 @@ func (s *setup) open() error {
 	if err := json.Unmarshal(b, &s.plan); err != nil {
 		return fmt.Errorf("read plan: %w", err)
 	}
-	return nil
+	// Nothing of this may be there after execve, whatever happens in between.
+	return unix.CloseRange(planFD, ^uint(0), unix.CLOSE_RANGE_CLOEXEC)
 }
 
-// enter waits until this process is in its cgroup, and enters the namespaces that it was not made in.
-func (s *setup) enter() error {
-	if err := s.hear(sayGo); err != nil {
+// syncMessage is one message on libcontainer's socket.
+type syncMessage struct {
+	Type  string          `json:"type"`
+	Flags int             `json:"flags"`
+	Arg   json.RawMessage `json:"arg,omitempty"`
+}
+
+func (s *setup) tell(what string, arg json.RawMessage) error {
+	b, err := json.Marshal(syncMessage{Type: what, Arg: arg})
+	if err != nil {
 		return err
 	}
-	if s.plan.Network != "" {
-		if err := unix.Setns(networkFD, unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("join network namespace: %w", err)
-		}
-	}
-	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
-		return fmt.Errorf("cgroup namespace: %w", err)
-	}
-	// All processors that the cgroup allows, whatever the runner was started with. Best effort, as libcontainer has it.
-	var all unix.CPUSet
-	for i := range all {
-		all[i] = ^all[i]
-	}
-	_ = unix.SchedSetaffinity(0, &all)
-	return nil
-}
-
-func (s *setup) tell(text string) error {
-	_, err := unix.Write(s.sync, []byte(text))
+	_, err = unix.Write(s.sync, b)
 	return err
 }
 
 func (s *setup) hear(want string) error {
-	var buf [16]byte
+	var buf [4096]byte
 	n, err := unix.Read(s.sync, buf[:])
 	if err == nil && n == 0 {
 		err = io.EOF
@@ -177,10 +184,32 @@ func (s *setup) hear(want string) error {
 	if err != nil {
 		return fmt.Errorf("the runner has gone: %w", err)
 	}
-	if got := string(buf[:n]); got != want {
-		return fmt.Errorf("the runner says %q instead of %q", got, want)
+	var msg syncMessage
+	if err := json.Unmarshal(buf[:n], &msg); err != nil {
+		return fmt.Errorf("message of the runner: %w", err)
+	}
+	if msg.Type != want {
+		return fmt.Errorf("the runner says %q instead of %q", msg.Type, want)
 	}
 	return nil
+}
+
+// agree waits until the runner has set the limits of the cgroup and of the process.
+func (s *setup) agree() error {
+	if !s.plan.SyncEarly {
+		if err := s.tell("procHooks", nil); err != nil {
+			return err
+		}
+	}
+	if err := s.hear("procHooksDone"); err != nil {
+		return err
+	}
+	if !s.plan.SyncEarly {
+		if err := s.tell("procReady", nil); err != nil {
+			return err
+		}
+	}
+	return s.hear("procRun")
 }
 
 // joinKeyring leaves the runner's session keyring. The user of the container may search its own.
@@ -361,12 +390,6 @@ func (s *setup) becomeUser() error {
 			return fmt.Errorf("drop capability %d: %w", c, err)
 		}
 	}
-	// As late as they can be: they are for the command, and hold for this process too.
-	for _, l := range s.plan.Rlimits {
-		if err := unix.Prlimit(0, l.Resource, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}, nil); err != nil {
-			return fmt.Errorf("set resource limit %d to %d:%d: %w", l.Resource, l.Soft, l.Hard, err)
-		}
-	}
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("keep capabilities: %w", err)
 	}
@@ -465,13 +488,18 @@ func (s *setup) setUser() error {
 	return nil
 }
 
-// exec tells the runner that the container stands and becomes the command.
+// exec tells the runner that the container stands, waits for its word and becomes the command.
 func (s *setup) exec(name string) error {
-	if err := s.tell(sayExec); err != nil {
-		return fmt.Errorf("the runner has gone: %w", err)
-	}
 	unix.Close(s.sync)
 	s.sync = -1
+	unix.Close(s.log)
+	fifo, err := unix.Open("/proc/self/fd/"+strconv.Itoa(s.fifo), unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open exec fifo: %w", err)
+	}
+	if _, err := unix.Write(fifo, []byte("0")); err != nil {
+		return fmt.Errorf("write exec fifo: %w", err)
+	}
 	argv, err := syscall.SlicePtrFromStrings(s.plan.Args)
 	if err != nil {
 		return err

@@ -28,8 +28,11 @@ const sweepTimeout = 5 * time.Second
 
 // sweepContainer removes what is left of one container, whose state is in dir.
 func sweepContainer(dir string, cgroups bool) error {
-	var state wire.State
-	b, err := os.ReadFile(filepath.Join(dir, wire.StateFile))
+	var state struct {
+		CgroupPaths map[string]string `json:"cgroup_paths"`
+		initProcess
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "state.json"))
 	if err == nil {
 		err = json.Unmarshal(b, &state)
 	}
@@ -38,7 +41,7 @@ func sweepContainer(dir string, cgroups bool) error {
 	}
 	var errs error
 	if !cgroups { // the state then names those that the container was in, which were not made for it
-		killInit(state)
+		state.kill()
 		return os.RemoveAll(dir)
 	}
 	for _, cgroup := range state.CgroupPaths {
@@ -50,8 +53,14 @@ func sweepContainer(dir string, cgroups bool) error {
 	return os.RemoveAll(dir)
 }
 
-// killInit kills the first process of a container if it is still that one, and thereby everything in its PID namespace.
-func killInit(p wire.State) {
+// initProcess is the first process of a container, as libcontainer's state names it.
+type initProcess struct {
+	PID     int    `json:"init_process_pid"`
+	Started uint64 `json:"init_process_start"`
+}
+
+// kill kills the process if it is still that one, and thereby everything in its PID namespace.
+func (p initProcess) kill() {
 	if p.PID <= 1 {
 		return
 	}

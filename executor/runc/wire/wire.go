@@ -227,19 +227,6 @@ func MemFile(name string, b []byte) (*os.File, error) {
 // CgroupPrefix begins the name of the cgroup directory above the containers of one engine.
 const CgroupPrefix = "slipway-"
 
-// StateFile is the name of the file, in a container's directory below Request.StateDir, that says how to kill and remove the
-// container should its runner be killed: a State, in the form in which libcontainer has it too.
-const StateFile = "state.json"
-
-// State is what a StateFile has.
-type State struct {
-	// CgroupPaths are the container's cgroup directories, by controller; by "" on cgroup v2.
-	CgroupPaths map[string]string `json:"cgroup_paths"`
-	// PID is the first process, and Started its start time in the ticks of /proc/PID/stat.
-	PID     int    `json:"init_process_pid"`
-	Started uint64 `json:"init_process_start"`
-}
-
 // rlimits are the resource limits by the name the runtime spec has for them.
 var rlimits = map[string]int{
 	"RLIMIT_AS":         unix.RLIMIT_AS,
