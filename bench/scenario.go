@@ -53,7 +53,7 @@ type contestant struct {
 
 // scenarios are all there are, in the order of the page.
 var scenarios = []*scenario{
-	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, fanout8, copyFrom, concurrent2, concurrent8,
+	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, wide8, fanout8, copyFrom, concurrent2, concurrent8,
 	exportPlain, exportGzip, exportZstd, exportAgain, push1GB, pushPipelined, pullGzip, pullZstd,
 	goCold, goChange, goMounts, remoteNoop, remoteChange, runTrue, cliStart, daemonStart, idle, du, prune,
 }

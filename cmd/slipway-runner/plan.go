@@ -88,7 +88,7 @@ func notPlanned(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", errNotPlanned, fmt.Sprintf(format, args...))
 }
 
-// newPlan plans the container of a spec. It refuses what it does not know rather than leaving it out.
+// newPlan plans the container of a spec, whose seccomp profile is filter (nil for none). It refuses what it does not know rather than leaving it out.
 func newPlan(id string, spec *specs.Spec, filter *filter, hierarchies []cgroupHierarchy) (*plan, error) {
 	p, l := spec.Process, spec.Linux
 	switch {
@@ -105,8 +105,8 @@ func newPlan(id string, spec *specs.Spec, filter *filter, hierarchies []cgroupHi
 		return nil, notPlanned("labels or scheduling of the process")
 	case l.RootfsPropagation != "rslave":
 		return nil, notPlanned("propagation %q", l.RootfsPropagation)
-	case (l.Seccomp != nil) != (filter != nil):
-		return nil, notPlanned("this seccomp profile")
+	case l.Seccomp != nil:
+		return nil, errors.New("the seccomp profile is not where it belongs")
 	}
 	out := &plan{
 		Rootfs: spec.Root.Path, Readonly: spec.Root.Readonly, Hostname: spec.Hostname, Keyring: "_ses." + id,

@@ -7,6 +7,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"sync"
 	"unsafe"
@@ -47,28 +48,22 @@ func newPreparer() *preparer {
 	return p
 }
 
-// prepare returns the configuration and the process of a container. plan is the file for its first process, nil when that
-// is to be libcontainer's own init.
-func (pr *preparer) prepare(id string, spec *specs.Spec, standard bool) (_ *configs.Config, _ *libcontainer.Process, plan *os.File, err error) {
+// prepare returns the configuration and the process of a container. profile is its seccomp profile as JSON. plan is the file for
+// its first process, nil when that is to be libcontainer's own init.
+func (pr *preparer) prepare(id string, spec *specs.Spec, profile []byte, standard bool) (_ *configs.Config, _ *libcontainer.Process, plan *os.File, err error) {
 	process, err := newProcess(spec.Process)
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	if pr.planning && !standard {
-		p, err := newPlan(id, spec, pr.filter(spec.Linux.Seccomp), pr.hierarchies)
-		if err == nil && pr.inUserNS {
-			p.inUserNamespace()
-		}
-		if err == nil {
-			if plan, err = p.file(); err != nil {
-				return nil, nil, nil, err
-			}
-			process.Env = nil
-			process.ExtraFiles = []*os.File{plan}
-			spec = withoutPlanned(spec)
-		} else if !errors.Is(err, errNotPlanned) {
-			return nil, nil, nil, err
-		}
+	if plan, err = pr.plan(id, spec, profile, standard); err != nil {
+		return nil, nil, nil, err
+	}
+	if plan != nil {
+		process.Env = nil
+		process.ExtraFiles = []*os.File{plan}
+		spec = withoutPlanned(spec)
+	} else if spec.Linux.Seccomp, err = decodeProfile(profile); err != nil {
+		return nil, nil, nil, err
 	}
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
 		CgroupName: id, Spec: spec, RootlessCgroups: pr.inUserNS && spec.Linux.CgroupsPath == "",
@@ -85,6 +80,28 @@ func (pr *preparer) prepare(id string, spec *specs.Spec, standard bool) (_ *conf
 	return config, process, plan, nil
 }
 
+// plan returns the plan for a container as a file, nil when libcontainer's own init is to make it.
+func (pr *preparer) plan(id string, spec *specs.Spec, profile []byte, standard bool) (*os.File, error) {
+	if !pr.planning || standard {
+		return nil, nil
+	}
+	filter := pr.filter(profile)
+	if filter == nil && len(profile) > 0 {
+		return nil, nil
+	}
+	p, err := newPlan(id, spec, filter, pr.hierarchies)
+	if errors.Is(err, errNotPlanned) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if pr.inUserNS {
+		p.inUserNamespace()
+	}
+	return p.file()
+}
+
 // withoutPlanned is a spec without what its plan takes care of: libcontainer writes and sends its configuration around
 // several times.
 func withoutPlanned(spec *specs.Spec) *specs.Spec {
@@ -94,28 +111,37 @@ func withoutPlanned(spec *specs.Spec) *specs.Spec {
 	return &s
 }
 
-// filter returns a profile compiled, or nil when there is none or only libcontainer can compile it.
-func (pr *preparer) filter(profile *specs.LinuxSeccomp) *filter {
-	if profile == nil {
-		return nil
-	}
-	key, err := json.Marshal(profile)
-	if err != nil {
+// filter returns a profile, given as JSON, compiled; nil when there is none or only libcontainer can compile it.
+func (pr *preparer) filter(profile []byte) *filter {
+	if len(profile) == 0 {
 		return nil
 	}
 	pr.mu.Lock()
 	defer pr.mu.Unlock()
-	f, known := pr.filters[string(key)]
+	f, known := pr.filters[string(profile)]
 	if known {
 		return f
 	}
-	if program, flags, err := compileFilter(profile); err == nil {
-		size := len(program) * int(unsafe.Sizeof(unix.SockFilter{}))
-		f = &filter{program: unsafe.Slice((*byte)(unsafe.Pointer(&program[0])), size), flags: flags}
+	if decoded, err := decodeProfile(profile); err == nil {
+		if program, flags, err := compileFilter(decoded); err == nil {
+			size := len(program) * int(unsafe.Sizeof(unix.SockFilter{}))
+			f = &filter{program: unsafe.Slice((*byte)(unsafe.Pointer(&program[0])), size), flags: flags}
+		}
 	}
 	if len(pr.filters) >= maxFilters {
 		clear(pr.filters)
 	}
-	pr.filters[string(key)] = f
+	pr.filters[string(profile)] = f
 	return f
+}
+
+func decodeProfile(profile []byte) (*specs.LinuxSeccomp, error) {
+	if len(profile) == 0 {
+		return nil, nil
+	}
+	var decoded specs.LinuxSeccomp
+	if err := json.Unmarshal(profile, &decoded); err != nil {
+		return nil, fmt.Errorf("seccomp profile: %w", err)
+	}
+	return &decoded, nil
 }

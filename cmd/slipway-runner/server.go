@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -147,11 +148,11 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	if len(files) != wantFiles {
 		return failed(wire.Other, fmt.Errorf("start: got %d files, want %d", len(files), wantFiles))
 	}
-	spec, err := readSpec(files[0])
+	spec, profile, err := readSpec(files[0])
 	if err != nil {
 		return failed(wire.Other, err)
 	}
-	config, p, plan, err := s.preparer.prepare(req.ID, spec, req.StandardInit)
+	config, p, plan, err := s.preparer.prepare(req.ID, spec, profile, req.StandardInit)
 	if err != nil {
 		return failed(wire.Other, err)
 	}
@@ -198,19 +199,21 @@ func (s *server) run(c *container, req wire.Request, files []*os.File) wire.Even
 	return ev
 }
 
-func readSpec(f *os.File) (*specs.Spec, error) {
+// readSpec reads what comes with an OpStart: the spec, and its seccomp profile as JSON.
+func readSpec(f *os.File) (_ *specs.Spec, profile []byte, err error) {
 	b, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<30))
 	if err != nil {
-		return nil, fmt.Errorf("read runtime spec: %w", err)
+		return nil, nil, fmt.Errorf("read runtime spec: %w", err)
 	}
+	text, profile, _ := bytes.Cut(b, []byte("\n"))
 	var spec specs.Spec
-	if err := json.Unmarshal(b, &spec); err != nil {
-		return nil, fmt.Errorf("runtime spec: %w", err)
+	if err := json.Unmarshal(text, &spec); err != nil {
+		return nil, nil, fmt.Errorf("runtime spec: %w", err)
 	}
 	if spec.Process == nil || spec.Linux == nil {
-		return nil, errors.New("runtime spec: no process or no linux section")
+		return nil, nil, errors.New("runtime spec: no process or no linux section")
 	}
-	return &spec, nil
+	return &spec, profile, nil
 }
 
 func exitCode(state *os.ProcessState) int {

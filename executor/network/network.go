@@ -28,6 +28,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -44,6 +45,9 @@ const (
 	// defaultPoolSize is how many namespaces are kept ready: making one takes milliseconds, taking one none.
 	defaultPoolSize = 4
 	defaultMTU      = 1500
+	// healEvery is how long the bridge and the tables are believed to be there: to ask the kernel for each container costs as much as
+	// its network does otherwise. Whoever takes them away while containers run interrupts those in any case.
+	healEvery = time.Second
 )
 
 // Options say how to make a network.
@@ -64,7 +68,8 @@ type Network struct {
 	root     string
 	id       string       // short hash of the root, part of every name
 	bridge   atomic.Int64 // the bridge's interface index
-	healing  sync.Mutex   // held while looking after the bridge and the table
+	healing  sync.Mutex   // held while looking after the bridge and the tables; guards healed
+	healed   time.Time    // when they were last seen to be there
 	subnet   netip.Prefix
 	gateway  netip.Addr
 	subnet6  netip.Prefix // not valid when containers have no IPv6
@@ -227,10 +232,13 @@ func (n *Network) address6(ip netip.Addr) netip.Addr {
 }
 
 // heal puts back what somebody else took away: firewalls flush all tables when they are reloaded, and network managers
-// or people delete links that they do not know. Containers that run get their connection back.
-func (n *Network) heal() error {
+// or people delete links that they do not know. Containers that run get their connection back. It looks once in every.
+func (n *Network) heal(every time.Duration) error {
 	n.healing.Lock()
 	defer n.healing.Unlock()
+	if time.Since(n.healed) < every {
+		return nil
+	}
 	_, err := netlink.LinkByIndex(int(n.bridge.Load()))
 	var notFound netlink.LinkNotFoundError
 	if errors.As(err, &notFound) {
@@ -268,6 +276,7 @@ func (n *Network) heal() error {
 			return err
 		}
 	}
+	n.healed = time.Now()
 	return nil
 }
 
@@ -459,12 +468,17 @@ func (n *Network) Acquire(ctx context.Context) (*Namespace, error) {
 	}
 	n.fillLocked()
 	n.mu.Unlock()
-	err := n.heal()
+	err := n.heal(healEvery)
 	if err == nil && ns == nil {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		ns, err = n.newNamespace()
+		if ns, err = n.newNamespace(); err != nil { // perhaps there is no bridge just now
+			if healErr := n.heal(0); healErr != nil {
+				return nil, fmt.Errorf("container network: %w", errors.Join(err, healErr))
+			}
+			ns, err = n.newNamespace()
+		}
 	}
 	if err != nil {
 		if ns != nil {

@@ -427,6 +427,9 @@ func TestNetworkLifetime(t *testing.T) {
 	if err := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true)); err != nil {
 		t.Fatal(err)
 	}
+	n.healing.Lock()
+	n.healed = time.Now().Add(-healEvery)
+	n.healing.Unlock()
 	ns, err := n.Acquire(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -80,6 +79,8 @@ type Runc struct {
 	runDir string
 	host   host // what is the same for all containers
 	roots  roots
+	// profiles are the seccomp profiles of all containers.
+	profiles seccompProfiles
 
 	mu     sync.Mutex // guards runner and closed
 	runner *runner
@@ -109,7 +110,7 @@ func New(opts Options) (*Runc, error) {
 		r.runDir = filepath.Join("/run", name)
 	}
 	r.host.CgroupParent = name
-	r.host.Seccomp = nativeSeccomp
+	r.host.Seccomp = r.profiles.native
 	r.host.UserNamespace = thisNamespace(name)
 	if _, err := os.Lstat("/proc/self/ns/cgroup"); err == nil {
 		r.host.CgroupNamespace = true
@@ -360,7 +361,7 @@ func (p *process) prepareRoot(spec *specs.Spec) error {
 
 // launch hands the container to the runner and waits until its process runs.
 func (p *process) launch(ctx context.Context, spec *specs.Spec, stdio executor.IO) error {
-	b, err := json.Marshal(spec)
+	b, err := p.r.profiles.encode(spec)
 	if err != nil {
 		return fmt.Errorf("encode runtime spec: %w", err)
 	}

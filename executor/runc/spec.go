@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -352,10 +353,29 @@ func resources(s executor.Spec) *specs.LinuxResources {
 	return r
 }
 
-// nativeSeccomp returns docker's default profile for this machine's own architecture only. Programs of the older
+// seccompProfiles are docker's default profiles by the capabilities that they are for. The zero value is ready.
+type seccompProfiles struct {
+	mu     sync.Mutex
+	byCaps map[string]*specs.LinuxSeccomp
+	json   map[*specs.LinuxSeccomp][]byte
+}
+
+// maxProfiles bounds how many profiles are kept: there are as many as sets of capabilities that somebody asks for.
+const maxProfiles = 64
+
+// native returns docker's default profile for this machine's own architecture only, not to be changed. Programs of the older
 // architectures that the processor also runs (32-bit, x32) are thereby refused; compiling the filter for them too
-// costs four times as much on each start.
-func nativeSeccomp(spec *specs.Spec) (*specs.LinuxSeccomp, error) {
+// costs four times as much.
+func (p *seccompProfiles) native(spec *specs.Spec) (*specs.LinuxSeccomp, error) {
+	key := ""
+	if c := spec.Process.Capabilities; c != nil {
+		key = strings.Join(c.Bounding, " ")
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if profile := p.byCaps[key]; profile != nil {
+		return profile, nil
+	}
 	profile, err := seccomp.GetDefaultProfile(spec)
 	if err != nil {
 		return nil, err
@@ -363,6 +383,10 @@ func nativeSeccomp(spec *specs.Spec) (*specs.LinuxSeccomp, error) {
 	if len(profile.Architectures) > 1 {
 		profile.Architectures = profile.Architectures[:1] // the native one comes first
 	}
+	if p.byCaps == nil || len(p.byCaps) >= maxProfiles {
+		p.byCaps, p.json = map[string]*specs.LinuxSeccomp{}, map[*specs.LinuxSeccomp][]byte{}
+	}
+	p.byCaps[key] = profile
 	return profile, nil
 }
 
@@ -388,6 +412,40 @@ func ownSeccomp(text string, spec *specs.Spec) (*specs.LinuxSeccomp, error) {
 		return nil, fmt.Errorf("%s is not supported: nobody is asked about system calls", specs.ActNotify)
 	}
 	return profile, nil
+}
+
+// encode returns a spec as the runner wants it (wire.OpStart).
+func (p *seccompProfiles) encode(spec *specs.Spec) ([]byte, error) {
+	profile, err := p.encodeProfile(spec.Linux.Seccomp)
+	if err != nil {
+		return nil, err
+	}
+	s, l := *spec, *spec.Linux
+	s.Linux, l.Seccomp = &l, nil
+	b, err := json.Marshal(s)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(b, []byte("\n"), profile), nil
+}
+
+func (p *seccompProfiles) encodeProfile(profile *specs.LinuxSeccomp) ([]byte, error) {
+	if profile == nil {
+		return nil, nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if b := p.json[profile]; b != nil {
+		return b, nil
+	}
+	b, err := json.Marshal(profile)
+	if err != nil {
+		return nil, err
+	}
+	if p.json != nil && slices.Contains(slices.Collect(maps.Values(p.byCaps)), profile) { // ours, which never change
+		p.json[profile] = b
+	}
+	return b, nil
 }
 
 // skippedDevices are entries of /dev that a container gets in a form of its own.

@@ -164,9 +164,10 @@ func TestCapabilities(t *testing.T) {
 }
 
 func TestNativeSeccomp(t *testing.T) {
+	var profiles seccompProfiles
 	names := func(caps []string) (allowed []string) {
 		spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: caps}}}
-		p, err := nativeSeccomp(spec)
+		p, err := profiles.native(spec)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -210,14 +211,15 @@ func TestExecFailure(t *testing.T) {
 // Steps are started one at a time; this is what one costs.
 func BenchmarkRuntimeSpec(b *testing.B) {
 	h := testHost()
-	h.Seccomp = nativeSeccomp
+	var profiles seccompProfiles
+	h.Seccomp = profiles.native
 	s := executor.Spec{ID: "x", Rootfs: "/fs", Args: []string{"true"}, Network: executor.NetworkHost}
 	for b.Loop() {
 		spec, err := runtimeSpec(s, h)
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := json.Marshal(spec); err != nil {
+		if _, err := profiles.encode(spec); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -31,7 +31,8 @@ type Op string
 
 // The operations of a Request.
 const (
-	// OpStart starts a container. Files: the runtime spec as JSON, then either stdin, stdout and stderr or, with
+	// OpStart starts a container. Files: the runtime spec as JSON, without its seccomp profile, and in a second line the profile as JSON
+	// (nothing when there is none): the same few profiles serve all containers and are large. Then either stdin, stdout and stderr or, with
 	// Terminal, the socket on which the pseudo-terminal is to be sent.
 	OpStart Op = "start"
 	// OpSignal sends Signal to the first process of the container.
