@@ -25,6 +25,11 @@ func (b *bench) profile(ctx context.Context, s *scenario, c *contestant) error {
 		return err
 	}
 	for _, kind := range b.profiles {
+		if s.round != nil {
+			if err := s.round(b, b.runs+1); err != nil {
+				return err
+			}
+		}
 		if c.before != nil {
 			if err := c.before(ctx); err != nil {
 				return err

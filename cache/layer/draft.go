@@ -487,7 +487,7 @@ func (s *Store) commitTar(ctx context.Context, id ID, items []tarItem, writeRoot
 			s.removeAll(tmp)
 		}
 	}()
-	m := &meta{ID: id, Tar: true}
+	m := &meta{ID: id, Tar: true, verified: true}
 	var f fsys.File
 	f, m.TarSize, m.DiffID, err = createTar(ctx, s.fs, tmp+"/"+tarFile, items, writeRoot)
 	if err != nil {

@@ -170,6 +170,8 @@ type meta struct {
 	Number uint64 `json:"number,omitempty"`
 	// Unfinished says that there is no index yet: then it is no layer, unless it is in Store.indexing.
 	Unfinished bool `json:"unfinished,omitempty"`
+	// verified says that this process has seen that the tar is that of its diff ID: it has written or read all of it.
+	verified bool
 	// MoreDirs says that the tree has directories that the index does not have, because nothing has changed in them.
 	MoreDirs bool `json:"moreDirs,omitempty"`
 }

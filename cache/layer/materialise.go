@@ -228,7 +228,7 @@ func (s *Store) from(ctx context.Context, m *meta, origin string) error {
 		u.below = below
 	}
 	u.fs, u.suspicious = s.fs, true
-	now := &meta{ID: m.ID, Tar: true, DiffID: m.DiffID}
+	now := &meta{ID: m.ID, Tar: true, DiffID: m.DiffID, verified: true}
 	if now.TarSize, err = s.takeRemote(ctx, m, origin, u, tmp, below); err != nil {
 		return err
 	}

@@ -664,7 +664,7 @@ func (s *Store) pack(ctx context.Context, old *meta) (*meta, error) {
 	defer s.removeAll(tmp)
 	writeRoot := rootInTar(&items[0].entry)
 	m := *old
-	m.Tar = true
+	m.Tar, m.verified = true, true
 	m.TarSize, m.DiffID, err = writeTar(ctx, s.fs, filepath.Join(tmp, tarFile), items, writeRoot)
 	if err != nil {
 		return nil, err

@@ -92,7 +92,7 @@ func (s *Store) unpack(ctx context.Context, r io.Reader, diffID digest.Digest, b
 	}()
 	u := newUnpacker(below)
 	u.fs = s.fs
-	m := &meta{Tar: true}
+	m := &meta{Tar: true, verified: true}
 	if m.TarSize, m.DiffID, err = u.take(ctx, s.fs, r, tmp+"/"+tarFile); err != nil {
 		return "", err
 	}

@@ -180,6 +180,9 @@ func (a *app) build(ctx context.Context, o buildOptions, dir string) error {
 		if about, err = provenanceMetadata(ctx, client, solve.Ref); err != nil {
 			return fmt.Errorf("--metadata-file: %w", err)
 		}
+		if response.ExporterResponse == nil { // a directory has nothing to tell
+			response.ExporterResponse = map[string]string{}
+		}
 		response.ExporterResponse["buildx.build.ref"] = solve.Ref
 	}
 	if err := a.buildDone(o, response.ExporterResponse, about, out.toStdout); err != nil || !o.verifyCache {

@@ -61,7 +61,7 @@ type Layer struct {
 
 // Assembled is an image: everything but its layers is in the blob store.
 type Assembled struct {
-	// Target is the index, or the only manifest.
+	// Target is the index, or the only manifest, with its platform.
 	Target    ocispec.Descriptor
 	Manifests []Manifest // in the order of the Result's Refs
 	// Attestations are the manifests of what is said about those of Manifests that anything is said about, in their order.
@@ -122,7 +122,9 @@ func (a Assembler) Assemble(ctx context.Context, r exporter.Result, layers [][]L
 		out.Attestations = append(out.Attestations, m)
 	}
 	if !r.MultiPlatform && len(out.Manifests) == 1 && len(out.Attestations) == 0 {
+		p := platforms.Normalize(r.Refs[0].Platform)
 		out.Target = out.Manifests[0].Desc
+		out.Target.Platform = &p
 		out.Target.Annotations = annotations.at(levelManifestDescriptor, &r.Refs[0].Platform)
 		return out, nil
 	}

@@ -92,6 +92,8 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	if err != nil {
 		return nil, err
 	}
+	platform := target.Platform
+	target.Platform = nil // the store knows it from the config
 	img, err := e.store(ctx, names, target, opts)
 	if err != nil {
 		return nil, err
@@ -102,6 +104,7 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 			return nil, err
 		}
 	}
+	desc.Platform = platform
 	return e.response(img, desc, names)
 }
 

@@ -13,7 +13,6 @@ import (
 	"os"
 	"slices"
 	"strconv"
-	"sync"
 
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/opencontainers/go-digest"
@@ -113,14 +112,11 @@ type Maker struct {
 	memo   compress.Memo
 	making Locks         // by diff ID, and by layer ID while that is not known
 	slots  chan struct{} // taken while a layer is compressed
-
-	mu       sync.Mutex        // guards verified
-	verified map[layer.ID]bool // tars that this process has read and found good
 }
 
 // New returns a Maker.
 func New(deps Deps) *Maker {
-	return &Maker{deps: deps, memo: compress.Memo{Values: deps.Records, Blobs: deps.Blobs}, slots: make(chan struct{}, compressors), verified: map[layer.ID]bool{}}
+	return &Maker{deps: deps, memo: compress.Memo{Values: deps.Records, Blobs: deps.Blobs}, slots: make(chan struct{}, compressors)}
 }
 
 // Blob is a layer as a blob.
@@ -415,19 +411,13 @@ func (m *Maker) Open(ctx context.Context, b Blob) (io.ReadCloser, error) {
 	return tar, nil
 }
 
-// verify returns the tar of a layer as it is if this process has read it before, and else what finds out whether it is good.
+// verify returns the tar of a layer as it is if this process has written it or read it before, and else what finds out whether it is good.
 func (m *Maker) verify(tar io.Reader, id layer.ID, diffID digest.Digest) io.Reader {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.verified[id] {
+	if m.deps.Layers.Verified(id) {
 		return tar
 	}
 	v := verify(tar, diffID)
-	v.good = func() {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.verified[id] = true
-	}
+	v.good = func() { m.deps.Layers.SetVerified(id) }
 	return v
 }
 

@@ -49,10 +49,24 @@ func newSide(t *testing.T) *side {
 
 func newSideWith(t *testing.T, opts registry.Options) *side {
 	t.Helper()
+	return openSide(t, t.TempDir(), opts)
+}
+
+// reopen is what another process sees.
+func (s *side) reopen(t *testing.T) *side {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return openSide(t, s.Dir, registry.Options{CertDirs: []string{}})
+}
+
+func openSide(t *testing.T, dir string, opts registry.Options) *side {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("SKIPPED: the layer store of this test needs root")
 	}
-	s, err := cache.Open(context.Background(), t.TempDir())
+	s, err := cache.Open(context.Background(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -395,6 +409,7 @@ func TestPushRefusesDamagedLayer(t *testing.T) {
 	r := s.image(t)
 	s.export(t, r, map[string]string{"name": "app"})
 	damage(t, s.Dir, r.Refs[0].Snapshot[0])
+	s = s.reopen(t) // what a process has written itself it takes for good
 	img, err := s.Images.Get(ctx, "app")
 	if err != nil {
 		t.Fatal(err)
