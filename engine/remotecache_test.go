@@ -92,6 +92,17 @@ func (s *sharing) build(te *testEngine, last string, more func(*request)) result
 	if err := runner(); err != nil {
 		s.t.Skipf("needs slipway-runner: %v", err)
 	}
+	r := request{
+		files: map[string]string{"Dockerfile": cachedDockerfile, "busybox": s.busybox()},
+		attrs: map[string]string{"build-arg:LAST": last},
+	}
+	more(&r)
+	return te.mustBuild(r)
+}
+
+// busybox is the program.
+func (s *sharing) busybox() string {
+	s.t.Helper()
 	path, err := exec.LookPath("busybox")
 	if err != nil {
 		s.t.Skip("needs busybox (Debian: busybox-static)")
@@ -100,12 +111,7 @@ func (s *sharing) build(te *testEngine, last string, more func(*request)) result
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	r := request{
-		files: map[string]string{"Dockerfile": cachedDockerfile, "busybox": string(busybox)},
-		attrs: map[string]string{"build-arg:LAST": last},
-	}
-	more(&r)
-	return te.mustBuild(r)
+	return string(busybox)
 }
 
 // fetched are the layers of the cache that have been asked for since the last Forget.
