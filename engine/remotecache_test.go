@@ -18,6 +18,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/opencontainers/go-digest"
@@ -160,20 +161,29 @@ func TestSharedCache(t *testing.T) {
 	}
 }
 
-// TestSharedCachePush: an image of a fresh machine is pushed without that any layer comes.
+// TestSharedCachePush: an image of a fresh machine is pushed without that any layer comes, and it is the same image: where the registry has it nothing is sent at all.
 func TestSharedCachePush(t *testing.T) {
 	s := newSharing(t)
 	push := func(name string) func(r *request) {
 		return func(r *request) {
-			r.cacheFrom, r.cacheTo = s.entry(), s.entry("mode=max")
+			r.cacheFrom = s.entry()
 			r.exports = []bkclient.ExportEntry{{Type: "image", Attrs: map[string]string{"name": s.server.Host + name, "push": "true"}}}
 		}
 	}
-	s.build(openTest(t), "1", push("/team/app"))
+	first := s.build(openTest(t), "1", func(r *request) { push("/team/app")(r); r.cacheTo = s.entry("mode=max") })
 	d, _ := s.document()
 	s.server.Forget()
-	s.build(openTest(t), "1", push("/team/app"))
+	again := s.build(openTest(t), "1", push("/team/app"))
+	if a, b := first.response[exptypes.ExporterImageDigestKey], again.response[exptypes.ExporterImageDigestKey]; a == "" || a != b {
+		t.Errorf("image %s, from the cache on another machine %s", a, b)
+	}
+	for _, method := range []string{"POST ", "PUT ", "PATCH "} {
+		if sent := s.server.Requests(method); len(sent) > 0 {
+			t.Errorf("sent %q", sent)
+		}
+	}
 	s.build(openTest(t), "1", push("/team/another"))
+	s.build(openTest(t), "1", func(r *request) { push("/team/third")(r); r.cacheTo = s.entry("mode=max") })
 	if layers := s.fetched(d); len(layers) > 0 {
 		t.Errorf("fetched %d of %d layers", len(layers), len(d.Layers))
 	}
