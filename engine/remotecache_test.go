@@ -4,7 +4,9 @@ package engine
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"io"
 	"os"
@@ -14,16 +16,18 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
 	bkclient "github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/seed-68981b69/slipway/cache/compress"
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 	"github.com/seed-68981b69/slipway/cache/share"
+	"github.com/seed-68981b69/slipway/cache/share/s3/s3test"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
@@ -89,6 +93,17 @@ func (s *sharing) build(te *testEngine, last string, more func(*request)) result
 	if err := runner(); err != nil {
 		s.t.Skipf("needs slipway-runner: %v", err)
 	}
+	r := request{
+		files: map[string]string{"Dockerfile": cachedDockerfile, "busybox": s.busybox()},
+		attrs: map[string]string{"build-arg:LAST": last},
+	}
+	more(&r)
+	return te.mustBuild(r)
+}
+
+// busybox is the program.
+func (s *sharing) busybox() string {
+	s.t.Helper()
 	path, err := exec.LookPath("busybox")
 	if err != nil {
 		s.t.Skip("needs busybox (Debian: busybox-static)")
@@ -97,12 +112,7 @@ func (s *sharing) build(te *testEngine, last string, more func(*request)) result
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	r := request{
-		files: map[string]string{"Dockerfile": cachedDockerfile, "busybox": string(busybox)},
-		attrs: map[string]string{"build-arg:LAST": last},
-	}
-	more(&r)
-	return te.mustBuild(r)
+	return string(busybox)
 }
 
 // fetched are the layers of the cache that have been asked for since the last Forget.
@@ -151,20 +161,29 @@ func TestSharedCache(t *testing.T) {
 	}
 }
 
-// TestSharedCachePush: an image of a fresh machine is pushed without that any layer comes.
+// TestSharedCachePush: an image of a fresh machine is pushed without that any layer comes, and it is the same image: where the registry has it nothing is sent at all.
 func TestSharedCachePush(t *testing.T) {
 	s := newSharing(t)
 	push := func(name string) func(r *request) {
 		return func(r *request) {
-			r.cacheFrom, r.cacheTo = s.entry(), s.entry("mode=max")
+			r.cacheFrom = s.entry()
 			r.exports = []bkclient.ExportEntry{{Type: "image", Attrs: map[string]string{"name": s.server.Host + name, "push": "true"}}}
 		}
 	}
-	s.build(openTest(t), "1", push("/team/app"))
+	first := s.build(openTest(t), "1", func(r *request) { push("/team/app")(r); r.cacheTo = s.entry("mode=max") })
 	d, _ := s.document()
 	s.server.Forget()
-	s.build(openTest(t), "1", push("/team/app"))
+	again := s.build(openTest(t), "1", push("/team/app"))
+	if a, b := first.response[exptypes.ExporterImageDigestKey], again.response[exptypes.ExporterImageDigestKey]; a == "" || a != b {
+		t.Errorf("image %s, from the cache on another machine %s", a, b)
+	}
+	for _, method := range []string{"POST ", "PUT ", "PATCH "} {
+		if sent := s.server.Requests(method); len(sent) > 0 {
+			t.Errorf("sent %q", sent)
+		}
+	}
 	s.build(openTest(t), "1", push("/team/another"))
+	s.build(openTest(t), "1", func(r *request) { push("/team/third")(r); r.cacheTo = s.entry("mode=max") })
 	if layers := s.fetched(d); len(layers) > 0 {
 		t.Errorf("fetched %d of %d layers", len(layers), len(d.Layers))
 	}
@@ -235,72 +254,118 @@ func TestSharedCacheFails(t *testing.T) {
 	}
 }
 
-// TestSharedCacheSecrets searches every exported byte for what nobody may see.
+// TestSharedCacheSecrets searches every exported byte for what nobody may see: all that lies in the files of a registry, a bucket and a directory after exports
+// in every form, with whatever is compressed unpacked.
 func TestSharedCacheSecrets(t *testing.T) {
 	s := newSharing(t)
+	files := t.TempDir()
+	s.server = registrytest.Start(t, registrytest.Options{Dir: filepath.Join(files, "registry")})
+	bucket, err := s3test.Start(filepath.Join(files, "s3"))
+	if err != nil {
+		t.Skipf("NO S3 SERVER: SKIPPED: %v", err)
+	}
+	defer bucket.Stop()
 	te := openTest(t)
-	const secret, token = "open-sesame-4711", "tok-abcdef-0815"
+	const secret, token, layerMark, mountMark = "open-sesame-4711", "tok-abcdef-0815", "mark-of-a-layer", "mark-of-a-mount"
+	to := func(tag string, attrs ...string) bkclient.CacheOptionsEntry {
+		s.ref = s.server.Host + "/team/cache:" + tag
+		return s.entry(append(attrs, "mode=max")...)[0]
+	}
 	s.build(te, "1", func(r *request) {
 		r.files["Dockerfile"] = strings.Replace(cachedDockerfile, "RUN /bin/busybox cat", `ARG API_TOKEN
 RUN --mount=type=secret,id=s --mount=type=secret,id=e,env=SECRET_ENV /bin/busybox test $(/bin/busybox cat /run/secrets/s) = $SECRET_ENV
+RUN --mount=type=cache,id=m,target=/m --mount=type=secret,id=s,target=/m/token /bin/busybox test -s /m/token && \
+    /bin/busybox head -c 3000000 /dev/zero | /bin/busybox tr '\0' x > /big && echo mark-of-a-layer >> /big && echo mark-of-a-mount > /m/file
 RUN /bin/busybox cat`, 1)
 		r.attrs["build-arg:API_TOKEN"] = token
 		r.session = []session.Attachable{secretsprovider.FromMap(map[string][]byte{"s": []byte(secret), "e": []byte(secret)})}
-		r.cacheTo = append(s.entry("mode=max"), bkclient.CacheOptionsEntry{Type: "inline"})
+		r.cacheTo = []bkclient.CacheOptionsEntry{
+			to("gzip", "compression=gzip"), to("zstd", "compression=zstd", "force-compression=true"), to("chunks", "chunked=true", "mounts=all"),
+			{Type: "local", Attrs: map[string]string{"dest": filepath.Join(files, "dir"), "mode": "max", "chunked": "true", "mounts": "m"}},
+			{Type: "s3", Attrs: map[string]string{
+				"bucket": bucket.Bucket, "endpoint_url": bucket.Endpoint, "use_path_style": "true", "access_key_id": bucket.AccessKey,
+				"secret_access_key": bucket.SecretKey, "mode": "max", "chunked": "true", "mounts": "all",
+			}},
+			{Type: "inline"},
+		}
 		r.exports = []bkclient.ExportEntry{{Type: "image", Attrs: map[string]string{"name": s.server.Host + "/team/image", "push": "true"}}}
 	})
-	d, repository := s.document()
-	raw, _, err := repository.Ref(t.Context(), s.ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	all := [][]byte{raw}
-	for _, b := range d.Blobs() {
-		rc, err := repository.Open(t.Context(), b, 0, -1)
-		if err != nil {
-			t.Fatal(err)
+	seen := map[string]map[string]int{} // place: word: how often
+	err = filepath.WalkDir(files, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
 		}
-		blob, err := io.ReadAll(rc)
+		b, err := os.ReadFile(path)
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
-		all = append(all, blob)
-	}
-	image, err := share.OpenRepository(registry.New(registry.Options{DockerConfigDir: t.TempDir()}), s.server.Host+"/team/image", registry.Sources{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	inline, err := image.InlineDocument(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	all = append(all, inline)
-	seen := 0
-	for _, b := range all {
-		plain, _, err := compress.NewReader(bytes.NewReader(b))
-		if err != nil {
-			t.Fatal(err)
+		place := strings.Split(strings.TrimPrefix(path, files+"/"), "/")[0]
+		if seen[place] == nil {
+			seen[place] = map[string]int{}
 		}
-		text, err := io.ReadAll(plain)
-		if err != nil {
-			t.Fatal(err)
+		texts := unpacked(b)
+		if bytes.HasPrefix(b, []byte("{")) && bytes.Contains(b, []byte(`"rootfs":`)) {
+			texts = texts[1:] // an image's history has its arguments, as everywhere; the cache in it must not
 		}
-		for _, hidden := range []string{secret, token} {
-			if bytes.Contains(text, []byte(hidden)) || bytes.Contains(b, []byte(hidden)) {
-				t.Errorf("%q is in %d exported bytes", hidden, len(text))
+		for _, text := range texts {
+			for _, hidden := range []string{secret, token, bucket.SecretKey} {
+				if bytes.Contains(text, []byte(hidden)) {
+					t.Errorf("%q is in %s", hidden, path)
+				}
+			}
+			for _, word := range []string{"API_TOKEN", layerMark + "\n", mountMark + "\n"} {
+				seen[place][word] += bytes.Count(text, []byte(word))
 			}
 		}
-		seen += bytes.Count(text, []byte("API_TOKEN"))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if seen == 0 {
-		t.Error("the search finds nothing at all")
+	// The search finds what is there: in the registry a layer as gzip, as zstd and in chunks.
+	for place, want := range map[string]int{"registry": 3, "dir": 1, "s3": 1} {
+		if n := seen[place]; n["API_TOKEN"] == 0 || n[layerMark+"\n"] < want || n[mountMark+"\n"] == 0 {
+			t.Errorf("the search does not find what is in %s: %v", place, n)
+		}
 	}
 	// Records with something hidden are found all the same.
+	s.ref = s.server.Host + "/team/cache:gzip"
 	out := s.build(openTest(t), "1", func(r *request) { r.cacheFrom = s.entry() })
 	if ran(out, "echo made") {
 		t.Error("nothing found")
 	}
 }
+
+// unpacked returns b and all that is compressed in it: a gzip stream, and zstd wherever frames begin, as in packs of chunks.
+func unpacked(b []byte) [][]byte {
+	out := [][]byte{b}
+	if r, err := gzip.NewReader(bytes.NewReader(b)); err == nil {
+		text, _ := io.ReadAll(r)
+		out = append(out, text)
+	}
+	// An image's config has a document in base64.
+	for _, word := range bytes.FieldsFunc(b, func(c rune) bool { return c == '"' }) {
+		if inner, err := base64.StdEncoding.DecodeString(string(word)); err == nil && bytes.HasPrefix(inner, zstdMagic) {
+			out = append(out, unpacked(inner)...)
+		}
+	}
+	for at := 0; ; {
+		i := bytes.Index(b[at:], zstdMagic)
+		if i < 0 {
+			return out
+		}
+		at += i + len(zstdMagic)
+		r, err := zstd.NewReader(bytes.NewReader(b[at-len(zstdMagic):]), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			continue
+		}
+		text, _ := io.ReadAll(r) // frames up to the first thing that is none
+		r.Close()
+		out = append(out, text)
+	}
+}
+
+var zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
 
 // TestSharedCacheOfBuildKit: a cache in BuildKit's format is left alone.
 func TestSharedCacheOfBuildKit(t *testing.T) {

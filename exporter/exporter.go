@@ -53,6 +53,8 @@ type Ref struct {
 	// (empty for scratch) and ending with Snapshot. It says which line of the history has made which layer: a step that
 	// changed nothing has none.
 	Chain []snapshot.Snapshot
+	// Made is when the newest step was done, on whatever machine; zero when that is not known.
+	Made time.Time
 	// Attestations are what is said about this platform's result.
 	Attestations []Attestation
 }

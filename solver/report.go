@@ -81,6 +81,18 @@ func (b *Build) Reports() []Report {
 	return out
 }
 
+// Made returns when the work of e's vertex was done, here or where its record has come from, in whole seconds: shared caches keep no more. It is zero for sources and for
+// what has no record. Call it when the vertex has been evaluated.
+func (b *Build) Made(e Edge) time.Time {
+	b.solver.mu.Lock()
+	defer b.solver.mu.Unlock()
+	r := b.reports[e.Vertex.Digest]
+	if r == nil || r.Record == nil || r.Source {
+		return time.Time{}
+	}
+	return r.Record.Created.UTC().Truncate(time.Second)
+}
+
 // rank orders outcomes by how much they tell, for vertices that several evaluations of a build come to.
 func (o Outcome) rank() int {
 	return slices.Index([]Outcome{"", Skipped, Canceled, Found, Failed, Ran}, o)

@@ -102,6 +102,35 @@ func (r *Registry) Tag(ctx context.Context, ref string, desc ocispec.Descriptor,
 	return r.PushManifest(ctx, named.String(), desc, content)
 }
 
+// Tagged reports whether ref's tag ("latest" when it has none) stands for the manifest dgst already, so that it need not be sent. What the registry does not say, or says
+// wrongly, is a no: sending it then tells more.
+func (r *Registry) Tagged(ctx context.Context, ref string, dgst digest.Digest) bool {
+	named, err := Parse(ref)
+	if err != nil {
+		return false
+	}
+	u, err := r.uploader(ctx, named)
+	if err != nil {
+		return false
+	}
+	tagged, ok := u.named.(reference.Tagged)
+	if !ok {
+		return false
+	}
+	resp, err := u.do(ctx, http.MethodHead, u.base+"manifests/"+tagged.Tag(), func(req *http.Request) error {
+		req.Header.Set("Accept", strings.Join([]string{
+			ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, "application/vnd.docker.distribution.manifest.v2+json",
+			"application/vnd.docker.distribution.manifest.list.v2+json", "*/*",
+		}, ", "))
+		return nil
+	})
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return resp.StatusCode == http.StatusOK && resp.Header.Get("Docker-Content-Digest") == dgst.String()
+}
+
 // uploader sends to one repository.
 type uploader struct {
 	ctx   context.Context

@@ -189,14 +189,10 @@ func (r *request) parseCaches(c *controlapi.CacheOptions) error {
 	if inline && !slices.ContainsFunc(exports, func(e remotecache.Entry) bool { return e.Type == remotecache.TypeInline }) {
 		exports = append(exports, remotecache.Entry{Type: remotecache.TypeInline})
 	}
-	for _, e := range exports {
-		spec, err := remotecache.ParseExport(e)
-		if err != nil {
-			return err
-		}
-		r.cacheExports = append(r.cacheExports, spec)
-	}
 	var err error
+	if r.cacheExports, err = remotecache.ParseExports(exports); err != nil {
+		return err
+	}
 	r.cacheImports, err = remotecache.ParseImports(imports)
 	return err
 }

@@ -375,6 +375,7 @@ func evaluate(ctx context.Context, b *solver.Build, res *gwclient.Result) (expor
 		}
 		if ref != nil {
 			result.Refs[i].Chain = b.Chain(ctx, ref.Edge())
+			result.Refs[i].Made = b.Made(ref.Edge())
 		}
 	}
 	return result, nil

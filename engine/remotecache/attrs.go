@@ -167,6 +167,27 @@ func ParseImports(entries []Entry) ([]ImportSpec, error) {
 	return specs, nil
 }
 
+// ParseExports checks entries of a client's request.
+func ParseExports(entries []Entry) ([]ExportSpec, error) {
+	var specs []ExportSpec
+	local := 0
+	for _, e := range entries {
+		spec, err := ParseExport(e)
+		if err != nil {
+			return nil, err
+		}
+		specs = append(specs, spec)
+		if spec.Type == TypeLocal {
+			local++
+		}
+	}
+	if local > 1 {
+		return nil, errors.New("cache export: two caches of type=local in one build are not supported: BuildKit's protocol gives all directories of a client " +
+			"the tag of the same manifest; export to one, and copy it or build again for the other")
+	}
+	return specs, nil
+}
+
 // ParseExport checks an entry of a client's request.
 func ParseExport(e Entry) (ExportSpec, error) {
 	s := ExportSpec{Entry: e, Compression: layerblob.Compression{Kind: compress.Gzip}}

@@ -229,12 +229,13 @@ func (a Assembler) config(r exporter.Result, ref exporter.Ref, layers []Layer, o
 		p.created = *p.epoch
 		return p.apply(config)
 	}
-	// What is the same but for the time gets the time of the first: an image that is built again is the same image.
+	// What is the same but for the time gets the time of the first: an image that is built again is the same image. On a machine that has found all steps in a
+	// shared cache it has the time of the last of them, as where they ran.
 	timeless, err := p.apply(config)
 	if err != nil {
 		return nil, err
 	}
-	if p.created, err = a.firstExport(digest.FromBytes(timeless), opts); err != nil {
+	if p.created, err = a.firstExport(digest.FromBytes(timeless), ref.Made, opts); err != nil {
 		return nil, err
 	}
 	return p.apply(config)
@@ -243,7 +244,7 @@ func (a Assembler) config(r exporter.Result, ref exporter.Ref, layers []Layer, o
 // firstExports is held while a first time is looked for and set: two exports of one build must agree.
 var firstExports sync.Mutex
 
-func (a Assembler) firstExport(key digest.Digest, opts exporter.Options) (time.Time, error) {
+func (a Assembler) firstExport(key digest.Digest, made time.Time, opts exporter.Options) (time.Time, error) {
 	firstExports.Lock()
 	defer firstExports.Unlock()
 	raw, ok, err := a.Records.GetValue(createdBucket, key.String())
@@ -259,7 +260,10 @@ func (a Assembler) firstExport(key digest.Digest, opts exporter.Options) (time.T
 	if opts.Now != nil {
 		now = opts.Now
 	}
-	t := now().UTC()
+	t := made.UTC()
+	if made.IsZero() {
+		t = now().UTC()
+	}
 	return t, a.Records.PutValue(createdBucket, key.String(), []byte(t.Format(time.RFC3339Nano)))
 }
 

@@ -86,13 +86,19 @@ func (p *Pusher) Push(ctx context.Context, img image.Image, ref string, opts Opt
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	// Whether the tag has to be set is asked while the blobs are on their way: a fresh machine pushes mostly what is there.
+	tagged := make(chan bool, 1)
+	go func() { tagged <- !opts.ByDigest && s.to.Tagged(ctx, s.ref, img.Target.Digest) }()
 	desc, content, err := s.image(ctx, img.Target)
+	done := <-tagged && desc.Digest == img.Target.Digest
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if opts.ByDigest {
+	switch {
+	case done:
+	case opts.ByDigest:
 		err = s.to.PushManifest(ctx, s.repo, desc, content)
-	} else {
+	default:
 		err = s.to.Tag(ctx, s.ref, desc, content)
 	}
 	if err != nil {
@@ -280,6 +286,9 @@ func (s *push) manifest(ctx context.Context, desc ocispec.Descriptor, raw []byte
 			return err
 		})
 	}
+	quiet := *s // progress is about layers
+	quiet.progress = func(string, int64, int64, bool) {}
+	group.Go(func() error { return quiet.blob(gctx, layerblob.Stored(m.Config)) })
 	if err := group.Wait(); err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
@@ -288,11 +297,6 @@ func (s *push) manifest(ctx context.Context, desc ocispec.Descriptor, raw []byte
 		sent[i] = sent[first[i]]
 		changed = changed || sent[i].Digest != m.Layers[i].Digest || sent[i].MediaType != m.Layers[i].MediaType ||
 			!maps.Equal(sent[i].Annotations, m.Layers[i].Annotations)
-	}
-	quiet := *s // progress is about layers
-	quiet.progress = func(string, int64, int64, bool) {}
-	if err := quiet.blob(ctx, layerblob.Stored(m.Config)); err != nil {
-		return ocispec.Descriptor{}, nil, err
 	}
 	var blobs []digest.Digest
 	for _, l := range sent {

@@ -46,6 +46,8 @@ type Options struct {
 	TLS bool
 	// Dir keeps everything in files of this directory instead of in memory: blobs are docker/registry/v2/blobs/sha256/XX/HEX/data.
 	Dir string
+	// Wrap, if set, is around the registry: it sees every request first.
+	Wrap func(registry http.Handler) http.Handler
 }
 
 // Server is a running registry.
@@ -98,6 +100,9 @@ func Start(t testing.TB, opts Options) *Server {
 		handler = newTokenAuth(opts, handler)
 	}
 	handler = s.Fault.wrap(handler)
+	if opts.Wrap != nil {
+		handler = opts.Wrap(handler)
+	}
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		s.requests = append(s.requests, r.Method+" "+r.URL.RequestURI())

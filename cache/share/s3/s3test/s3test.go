@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -30,6 +31,7 @@ type Server struct {
 
 	cmd    *exec.Cmd
 	stderr bytes.Buffer
+	ended  chan struct{}
 }
 
 // New starts a server that ends with the test. The test is skipped, loudly, where it cannot be built.
@@ -63,7 +65,19 @@ func Start(dir string) (*Server, error) {
 	s.cmd = exec.Command(bin, "--port", addr, "--access", s.AccessKey, "--secret", s.SecretKey, "--quiet", "posix", dir)
 	s.cmd.Stderr = &s.stderr
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := s.cmd.Start(); err != nil {
+	s.ended = make(chan struct{})
+	started := make(chan error)
+	go func() {
+		defer close(s.ended)
+		runtime.LockOSThread() // the signal comes when the thread ends that has started it
+		defer runtime.UnlockOSThread()
+		err := s.cmd.Start()
+		started <- err
+		if err == nil {
+			_ = s.cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
@@ -89,7 +103,7 @@ func Start(dir string) (*Server, error) {
 // Stop ends the server.
 func (s *Server) Stop() {
 	_ = s.cmd.Process.Kill()
-	_ = s.cmd.Wait()
+	<-s.ended
 }
 
 // build returns the path of the server's program. It is built the first time, which takes one to three minutes on two processors, and kept in the temporary directory for other
