@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -34,10 +33,6 @@ import (
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
-
-// clientGC is GOGC for a client of a container. What it allocates until the container runs is most of what it ever does, 3 MB: to collect that
-// at once takes a tenth of the time of the whole command.
-const clientGC = 400
 
 // runOptions are the flags of `slipway run`, which are docker's.
 type runOptions struct {
@@ -355,9 +350,6 @@ func (o *runOptions) run(ctx context.Context, flags *pflag.FlagSet, a *app, imag
 			return err
 		}
 		o.pull = "never"
-	}
-	if !a.standalone {
-		debug.SetGCPercent(clientGC)
 	}
 	cli, err := a.docker(ctx)
 	if err != nil {
