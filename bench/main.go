@@ -175,6 +175,12 @@ func run(ctx context.Context, args []string) (err error) {
 		s := find(name)
 		fmt.Fprintf(os.Stderr, "bench: %s\n", name)
 		result, err := b.measure(ctx, s)
+		var cannot *cannotError
+		if errors.As(err, &cannot) {
+			fmt.Fprintf(os.Stderr, "bench: %s is LEFT OUT: %s\n", name, cannot.why)
+			page.skipped = append(page.skipped, fmt.Sprintf("%s: %s", name, cannot.why))
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}

@@ -60,6 +60,8 @@ type measured struct {
 	PeakMemory int64 `json:"peak_memory_bytes"`
 	// Output is the size of the file that was made, in bytes; 0 when there is none.
 	Output int64 `json:"output_bytes,omitempty"`
+	// Note is what else was counted, a sentence.
+	Note string `json:"note,omitempty"`
 }
 
 // calls are the programs that a run starts, one after the other or at the same time.
@@ -132,9 +134,12 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 	r := &result{scenario: s, load: loadAverage()}
 	var all []*contestant
 	defer func() {
-		for _, c := range all {
+		for i, c := range all {
 			if c.close != nil {
 				err = errors.Join(err, c.close())
+			}
+			if c.note != nil && err == nil {
+				r.Contestants[i].Note = c.note()
 			}
 		}
 		err = errors.Join(err, b.moveAway(b.dir))

@@ -5,10 +5,12 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"log"
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
@@ -20,6 +22,9 @@ import (
 // bench's own process: its processor time is nobody's.
 type plainRegistry struct {
 	host string // host:port
+
+	// received and sent are the bytes of the bodies of requests and answers so far.
+	received, sent atomic.Int64
 
 	server *http.Server
 	cancel context.CancelFunc
@@ -42,10 +47,12 @@ func startRegistry(dir string) (*plainRegistry, error) {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &plainRegistry{
-		host: listener.Addr().String(), cancel: cancel, served: make(chan error, 1),
-		server: &http.Server{Handler: handlers.NewApp(ctx, conf), ErrorLog: log.New(devNull{}, "", 0)},
-	}
+	r := &plainRegistry{host: listener.Addr().String(), cancel: cancel, served: make(chan error, 1)}
+	app := handlers.NewApp(ctx, conf)
+	r.server = &http.Server{ErrorLog: log.New(devNull{}, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		req.Body = countedBody{req.Body, &r.received}
+		app.ServeHTTP(&countedAnswer{w, &r.sent}, req)
+	})}
 	go func() { r.served <- r.server.Serve(listener) }()
 	return r, nil
 }
@@ -59,6 +66,37 @@ func (r *plainRegistry) close() error {
 	r.cancel()
 	return err
 }
+
+type countedBody struct {
+	io.ReadCloser
+	n *atomic.Int64
+}
+
+func (b countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.n.Add(int64(n))
+	return n, err
+}
+
+type countedAnswer struct {
+	http.ResponseWriter
+	n *atomic.Int64
+}
+
+func (a *countedAnswer) Write(p []byte) (int, error) {
+	n, err := a.ResponseWriter.Write(p)
+	a.n.Add(int64(n))
+	return n, err
+}
+
+// ReadFrom leaves files to the kernel (sendfile), as without the counting.
+func (a *countedAnswer) ReadFrom(r io.Reader) (int64, error) {
+	n, err := io.Copy(a.ResponseWriter, r)
+	a.n.Add(n)
+	return n, err
+}
+
+func (a *countedAnswer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 type devNull struct{}
 

@@ -126,6 +126,11 @@ func (r *result) table() string {
 			fmt.Fprintf(&w, " %s: %d, it is slow here.", m.Name, len(m.Samples))
 		}
 	}
+	for _, m := range r.Contestants {
+		if m.Note != "" {
+			fmt.Fprintf(&w, " %s: %s", m.Name, m.Note)
+		}
+	}
 	if k := r.find("buildkit"); k != nil && s.goal > 0 {
 		fmt.Fprintf(&w, " Goal: %g × faster than BuildKit; it is %s.", s.goal, ratioOf(k, ours))
 	}
@@ -176,6 +181,7 @@ type page struct {
 	began   time.Time
 	results []*result
 	curves  []*drawn
+	skipped []string // scenarios, and why
 }
 
 func newPage(b *bench) *page { return &page{bench: b, began: time.Now()} }
@@ -198,6 +204,9 @@ func (p *page) write(dir string) error {
 	for _, r := range p.results {
 		w.WriteString(r.table())
 		data[r.scenario.name] = r
+	}
+	for _, why := range p.skipped {
+		fmt.Fprintf(&w, "\nLeft out here: %s.\n", why)
 	}
 	lines := map[string]*drawn{}
 	for _, d := range p.curves {

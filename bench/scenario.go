@@ -34,6 +34,11 @@ type scenario struct {
 	planted func(ctx context.Context, b *bench, p peer) (*contestant, error)
 }
 
+// cannotError is why a scenario is left out on this machine.
+type cannotError struct{ why string }
+
+func (e *cannotError) Error() string { return e.why }
+
 // contestant is one program in one scenario.
 type contestant struct {
 	name string
@@ -49,13 +54,15 @@ type contestant struct {
 	daemons func() []int
 	// close ends it.
 	close func() error
+	// note is a sentence for below the table, asked for when it is closed; nil is none.
+	note func() string
 }
 
 // scenarios are all there are, in the order of the page.
 var scenarios = []*scenario{
 	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, wide8, fanout8, copyFrom, concurrent2, concurrent8,
 	exportPlain, exportGzip, exportZstd, exportAgain, push1GB, pushPipelined, pullGzip, pullZstd,
-	goCold, goChange, goMounts, remoteNoop, remoteChange, runTrue, cliStart, daemonStart, idle, du, prune,
+	goCold, goChange, goMounts, remoteNoop, remoteChange, remoteNode, runTrue, cliStart, daemonStart, idle, du, prune,
 }
 
 func names() []string {

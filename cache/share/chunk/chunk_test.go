@@ -471,7 +471,7 @@ func TestFileChangesWhileRead(t *testing.T) {
 }
 
 // makeTar makes a tar of n files and says where their bytes are.
-func makeTar(t *testing.T, n int, mtime time.Time, change func(i int) (name string, content []byte)) ([]byte, []Range) {
+func makeTar(t testing.TB, n int, mtime time.Time, change func(i int) (name string, content []byte)) ([]byte, []Range) {
 	t.Helper()
 	var buf bytes.Buffer
 	var files []Range
