@@ -184,7 +184,7 @@ func (d *daemon) stop() error {
 
 // runQuietly runs a program outside of any timing.
 func runQuietly(ctx context.Context, cmd *exec.Cmd) error {
-	var c calls
+	c := calls{ctx: ctx}
 	return c.do(cmd)
 }
 
