@@ -129,6 +129,7 @@ func TestScript(t *testing.T) {
 			"buildctl":       scriptBuildctl,
 			"buildx":         scriptBuildx,
 			"real-buildkitd": scriptBuildkitd,
+			"like-buildkit":  scriptLikeBuildkit,
 			"certs":          scriptCerts,
 			"no-mounts":      scriptNoMounts,
 			"await-mount":    scriptAwaitMount,

@@ -92,8 +92,8 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 	if err != nil {
 		return nil, err
 	}
-	platform := target.Platform
-	target.Platform = nil // the store knows it from the config
+	told := target
+	target.Platform, target.Annotations = nil, nil // of the descriptor that the client is told; the store finds the platform in the config
 	img, err := e.store(ctx, names, target, opts)
 	if err != nil {
 		return nil, err
@@ -104,7 +104,7 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 			return nil, err
 		}
 	}
-	desc.Platform = platform
+	desc.Platform, desc.Annotations = told.Platform, told.Annotations
 	return e.response(img, desc, names)
 }
 
@@ -288,7 +288,6 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names [
 			return ocispec.Descriptor{}, err
 		}
 	}
-	made.Target.Annotations = nil // of a descriptor that nothing of ours keeps
 	return made.Target, nil
 }
 
