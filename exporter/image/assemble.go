@@ -123,6 +123,8 @@ func (a Assembler) Assemble(ctx context.Context, r exporter.Result, layers [][]L
 	}
 	if !r.MultiPlatform && len(out.Manifests) == 1 && len(out.Attestations) == 0 {
 		out.Target = out.Manifests[0].Desc
+		p := platforms.Normalize(r.Refs[0].Platform)
+		out.Target.Platform = &p
 		out.Target.Annotations = annotations.at(levelManifestDescriptor, &r.Refs[0].Platform)
 		return out, nil
 	}

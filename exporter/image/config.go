@@ -82,7 +82,11 @@ func (p patch) apply(config []byte) ([]byte, error) {
 func (p patch) history(lines []ocispec.History) []ocispec.History {
 	lines = append([]ocispec.History{}, lines...)
 	base := min(len(p.base), len(lines))
-	if !exact(lines, base, p.steps) || !p.bySteps(&lines, base) {
+	source := base
+	if len(p.base) == 0 && len(p.steps) > 0 {
+		source = linesOf(lines, p.steps[0]) // the frontend does not say what a named context in a stage's place has brought
+	}
+	if !exact(lines, source, p.steps) || !p.bySteps(&lines, source) {
 		p.byCount(&lines, base)
 	}
 	fresh := false // past what the base image brought
@@ -105,6 +109,19 @@ func (p patch) history(lines []ocispec.History) []ocispec.History {
 // exact says that there is one line, not marked as empty, for each step after the source.
 func exact(lines []ocispec.History, base int, steps []int) bool {
 	return len(steps) > 0 && count(lines[base:]) == len(steps)-1
+}
+
+// linesOf is how many lines the first layers take.
+func linesOf(lines []ocispec.History, layers int) int {
+	for i := range lines {
+		if layers == 0 {
+			return i
+		}
+		if !lines[i].EmptyLayer {
+			layers--
+		}
+	}
+	return len(lines)
 }
 
 func count(lines []ocispec.History) (layers int) {

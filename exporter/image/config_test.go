@@ -66,6 +66,10 @@ func TestHistory(t *testing.T) {
 			layers: 2, steps: []int{1, 0, 1}, want: []string{"ADD base", "(RUN true)", "RUN touch x", "(CMD)"},
 		},
 		{
+			name: "steps known, base not", history: lines("ADD base", "(ENV a)", "WORKDIR /a", "RUN true", "COPY b"), layers: 3, steps: []int{1, 1, 0, 1},
+			want: []string{"ADD base", "(ENV a)", "WORKDIR /a", "(RUN true)", "COPY b"},
+		},
+		{
 			name: "a RUN that changed nothing, steps not known", history: lines("ADD base", "COPY a", "RUN true"), base: lines("ADD base"),
 			layers: 2, want: []string{"ADD base", "COPY a", "(RUN true)"},
 		},
