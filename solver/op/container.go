@@ -265,13 +265,11 @@ func (c *Container) environ(ctx context.Context, p ContainerProcess, home string
 		if se.GetID() == "" || se.GetName() == "" || strings.Contains(se.GetName(), "=") {
 			return nil, fmt.Errorf("environment variable %q for secret %q: both need a name", se.GetName(), se.GetID())
 		}
-		value, ok, err := c.step.secret(ctx, se.ID, se.Optional)
+		value, _, err := c.step.secret(ctx, se.ID, se.Optional)
 		if err != nil {
 			return nil, err
 		}
-		if ok {
-			env = append(env, se.Name+"="+string(value))
-		}
+		env = append(env, se.Name+"="+string(value))
 	}
 	return env, nil
 }

@@ -579,13 +579,11 @@ func (s *step) environ(ctx context.Context, home string) ([]string, error) {
 		}
 	}
 	for _, se := range s.op.op.Secretenv {
-		value, ok, err := s.secret(ctx, se.ID, se.Optional)
+		value, _, err := s.secret(ctx, se.ID, se.Optional) // as with BuildKit, the variable of one that is not there is empty
 		if err != nil {
 			return nil, err
 		}
-		if ok {
-			env = append(env, se.Name+"="+string(value))
-		}
+		env = append(env, se.Name+"="+string(value))
 	}
 	return env, nil
 }

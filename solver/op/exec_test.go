@@ -160,8 +160,8 @@ func TestExec(t *testing.T) {
 				t.Errorf("no %q in:\n%s", want, log)
 			}
 		}
-		if strings.Contains(log, "NONE") {
-			t.Errorf("variable of a secret that is not there:\n%s", log)
+		if !strings.Contains(log, "NONE=\n") {
+			t.Errorf("the variable of a secret that is not there is not empty:\n%s", log)
 		}
 	})
 	t.Run("read-only bind", func(t *testing.T) {
