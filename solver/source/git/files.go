@@ -25,6 +25,8 @@ func settle(root string, when int64) error {
 			want := uint32(0o644)
 			if mode.IsDir() || mode&0o100 != 0 {
 				want = 0o755
+			} else if mode&0o200 == 0 {
+				want = 0o444 // git's objects
 			}
 			if uint32(mode.Perm()) != want {
 				if err := unix.Fchmodat(unix.AT_FDCWD, path, want, 0); err != nil {
