@@ -34,10 +34,11 @@ var conformanceStart = time.Now().Add(-time.Second)
 type observation struct {
 	lines   []string
 	failure error
+	own     *strings.Replacer // of names that are only this engine's
 }
 
 func (o *observation) addf(format string, args ...any) {
-	line := fmt.Sprintf(format, args...)
+	line := o.own.Replace(fmt.Sprintf(format, args...))
 	again := line
 	for n := 2; slices.Contains(o.lines, again); n++ {
 		again = fmt.Sprintf("%s (%d)", line, n)
@@ -53,11 +54,16 @@ func (b *conformanceCase) observe(ctx context.Context, client *bkclient.Client, 
 	if err != nil {
 		return nil, err
 	}
+	r.words = slices.Clone(r.words)
+	for i, w := range r.words {
+		w = strings.ReplaceAll(w, "$REGISTRY", b.registries[who])
+		r.words[i] = strings.ReplaceAll(w, "$OWN", filepath.Join(b.work, who))
+	}
 	solve, exports, err := b.request(r, out)
 	if err != nil {
 		return nil, err
 	}
-	o := &observation{}
+	o := &observation{own: strings.NewReplacer(b.registries[who], "REGISTRY", filepath.Join(b.work, who)+"/", "OWN/")}
 	status := make(chan *bkclient.SolveStatus)
 	var group errgroup.Group
 	group.Go(func() error {
@@ -87,6 +93,8 @@ func (b *conformanceCase) observe(ctx context.Context, client *bkclient.Client, 
 	_ = group.Wait()
 	if err != nil {
 		o.failure = err
+		// How far it came is not compared.
+		o.lines = slices.DeleteFunc(o.lines, func(line string) bool { return !strings.HasPrefix(line, "warning ") })
 		for _, s := range errdefs.Sources(err) {
 			o.addf("error at %s: %s", s.Info.Filename, fmt.Sprint(s.Ranges))
 		}
@@ -100,7 +108,15 @@ func (b *conformanceCase) observe(ctx context.Context, client *bkclient.Client, 
 		if len(exports) > 1 {
 			prefix = fmt.Sprintf("output %d ", i)
 		}
-		if err := o.addOutput(prefix, e, b.baseLayers()); err != nil {
+		if e.pushed != "" {
+			files, err := readRegistry(ctx, b.registries[who], e.pushed)
+			if err == nil {
+				err = o.addImages(prefix, files, b.baseLayers())
+			}
+			if err != nil {
+				return nil, fmt.Errorf("look at what %s has pushed: %w", who, err)
+			}
+		} else if err := o.addOutput(prefix, e, b.baseLayers()); err != nil {
 			return nil, fmt.Errorf("look at output %d of %s: %w", i, who, err)
 		}
 	}
@@ -110,6 +126,7 @@ func (b *conformanceCase) observe(ctx context.Context, client *bkclient.Client, 
 // conformanceOutput is where an output is.
 type conformanceOutput struct {
 	kind, path string
+	pushed     string // name in the registry
 }
 
 // request makes what the client sends, from the words of a line.
@@ -148,11 +165,15 @@ func (b *conformanceCase) request(r conformanceRequest, out string) (solve bkcli
 			if strings.Contains(spec, "tar=false") {
 				kind += "-dir"
 			}
-			exports = append(exports, conformanceOutput{kind, path})
 			parsed, err := buildctl.ParseOutput([]string{spec})
 			if err != nil {
 				return solve, nil, err
 			}
+			output := conformanceOutput{kind: kind, path: path}
+			if attrs := parsed[0].Attrs; attrs["push"] == "true" && attrs["push-by-digest"] == "" {
+				output.pushed, _, _ = strings.Cut(attrs["name"], ",")
+			}
+			exports = append(exports, output)
 			solve.Exports = append(solve.Exports, parsed...)
 		}
 	}
@@ -199,16 +220,10 @@ func (b *conformanceCase) request(r conformanceRequest, out string) (solve bkcli
 		solve.Session = append(solve.Session, provider)
 	}
 	solve.AllowedEntitlements = flags["--allow"]
-	forEngine := func(specs []string) (out2 []string) { // places that each engine has its own of
-		for _, s := range specs {
-			out2 = append(out2, strings.ReplaceAll(s, "$OWN", filepath.Join(b.work, strings.SplitN(filepath.Base(out), "-", 2)[0])))
-		}
-		return out2
-	}
-	if solve.CacheExports, err = buildctl.ParseExportCache(forEngine(flags["--export-cache"])); err != nil {
+	if solve.CacheExports, err = buildctl.ParseExportCache(flags["--export-cache"]); err != nil {
 		return solve, nil, err
 	}
-	if solve.CacheImports, err = buildctl.ParseImportCache(forEngine(flags["--import-cache"])); err != nil {
+	if solve.CacheImports, err = buildctl.ParseImportCache(flags["--import-cache"]); err != nil {
 		return solve, nil, err
 	}
 	for _, known := range []string{"-o", "--local", "--oci-layout", "--secret", "--ssh", "--allow", "--export-cache", "--import-cache"} {
@@ -249,6 +264,9 @@ func (o *observation) addStatus(events <-chan *bkclient.SolveStatus, logs bool) 
 			names[v.Digest.String()] = v.Name
 		}
 		for _, l := range s.Logs {
+			if l.Stream != 1 {
+				continue // standard error comes in between as it likes
+			}
 			if output[l.Vertex.String()] == nil {
 				output[l.Vertex.String()] = &strings.Builder{}
 			}
@@ -263,7 +281,7 @@ func (o *observation) addStatus(events <-chan *bkclient.SolveStatus, logs bool) 
 		o.addf("%s", w)
 	}
 	for _, name := range slices.Compact(slices.Sorted(maps.Values(names))) {
-		o.addf("step %s", masked(name))
+		o.addf("step %s", inPlatform.ReplaceAllString(masked(name), "[PLATFORM "))
 	}
 	if !logs {
 		return
@@ -319,11 +337,12 @@ func (o *observation) addOutput(prefix string, e conformanceOutput, base map[str
 }
 
 var (
-	digests  = regexp.MustCompile(`(sha256:)?[0-9a-f]{64}`)
-	sizes    = regexp.MustCompile(`"size":\s*\d+`)
-	tracing  = regexp.MustCompile("OTEL_|TRACEPARENT|otel-grpc") // only BuildKit's steps have a socket for traces
-	instants = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)`)
-	sessions = regexp.MustCompile(`\b[a-z0-9]{25}\b`)
+	digests    = regexp.MustCompile(`(sha256:)?[0-9a-f]{64}`)
+	sizes      = regexp.MustCompile(`"size":\s*\d+`)
+	inPlatform = regexp.MustCompile(`^\[linux/\S+ `)               // a step that several platforms share is called after either
+	tracing    = regexp.MustCompile("OTEL_|TRACEPARENT|otel-grpc") // only BuildKit's steps have a socket for traces
+	instants   = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)`)
+	sessions   = regexp.MustCompile(`\b[a-z0-9]{25,26}\b`)
 )
 
 // masked takes out of a text what is never the same twice.

@@ -24,6 +24,7 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi/buildctltest"
 	"github.com/seed-68981b69/slipway/executor/runc/runctest"
 )
@@ -33,12 +34,13 @@ import (
 // warnings, answers and errors. What BuildKit does is right, except where a case says why not.
 //
 // A case is a context (with setup.sh, which is run in it first and is no part of it, for what an archive of texts cannot hold).
-// Its comment says what is done with it, a line each; words are split at blanks outside of single quotes, and $WORK, $HTTP and $CTX stand for
-// the case's directory, a server of the files in $WORK/www, and the context:
+// Its comment says what is done with it, a line each; words are split at blanks outside of single quotes, and $WORK, $CTX, $HTTP, $REGISTRY and $CGROUP stand for
+// the case's directory, the context in it, a server of the files in $WORK/www, a registry, and a cgroup; $OWN is a directory of each engine's own:
 //
 //	build [logs] WORD...        builds. NAME=VALUE is an option of the frontend; -o, --local, --oci-layout, --secret, --ssh, --allow, --import-cache and --export-cache
 //	                            are buildctl's; -C DIR is another context. Without -o the output is an OCI archive. With logs what steps print is compared
 //	fail REGEXP [WORD...]       a build that must fail in both, in the same place, with errors that match
+//	refused REGEXP WORD...      a build that only we refuse, on purpose, with an error that matches
 //	call REQUEST [WORD...]      a request to the frontend (frontend.lint, frontend.outline…)
 //	base NAME [WORD...]         makes an image (of BuildKit's) that later builds of this case know as NAME
 //	sh WORD...                  runs a shell command in the context
@@ -47,8 +49,6 @@ func TestConformance(t *testing.T) {
 	switch {
 	case os.Geteuid() != 0:
 		t.Skip("comparing with buildkitd needs root: SKIPPED")
-	case os.Getenv("SLIPWAY_CONFORMANCE") == "":
-		t.Skip("not complete yet: SKIPPED")
 	case os.Getenv("SLIPWAY_TEST_BUILDX") == "0":
 		t.Skip("$SLIPWAY_TEST_BUILDX is 0, so no buildkitd is built: SKIPPED")
 	}
@@ -96,7 +96,7 @@ func startBuildkitd(t *testing.T, program, dir string) *bkclient.Client {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	cgroup := "slipway-conformance-" + shortHash(dir)
+	cgroup := conformanceCgroup(dir)
 	config := filepath.Join(dir, "toml")
 	if err := os.WriteFile(config, fmt.Appendf(nil, "insecure-entitlements = [\"network.host\", \"security.insecure\"]\n[worker.oci]\ndefaultCgroupParent = %q\n", "/"+cgroup), 0o600); err != nil {
 		t.Fatal(err)
@@ -116,7 +116,7 @@ func startBuildkitd(t *testing.T, program, dir string) *bkclient.Client {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait()
 		log.Close()
-		for _, pattern := range []string{"/sys/fs/cgroup/%s", "/sys/fs/cgroup/*/%s"} {
+		for _, pattern := range []string{"/sys/fs/cgroup/%s*", "/sys/fs/cgroup/*/%s*"} {
 			tops, _ := filepath.Glob(fmt.Sprintf(pattern, cgroup))
 			for _, top := range tops {
 				removeCgroups(t, top)
@@ -132,6 +132,9 @@ func startBuildkitd(t *testing.T, program, dir string) *bkclient.Client {
 	})
 	return connectTo(t, socket, func() string { text, _ := os.ReadFile(log.Name()); return string(text) })
 }
+
+// conformanceCgroup is the cgroup of steps of the buildkitd in dir.
+func conformanceCgroup(dir string) string { return "slipway-conformance-" + shortHash(dir) }
 
 // removeCgroups removes empty cgroups, the inner ones first.
 func removeCgroups(t *testing.T, top string) {
@@ -221,6 +224,7 @@ type conformanceCase struct {
 	*conformance
 	work, context string
 	http          string
+	registries    map[string]string // each engine has its own, without anything in it
 	layouts       map[string]string // directories of OCI layouts, by the names that builds know them by
 	exceptions    []*exception
 }
@@ -241,6 +245,7 @@ func (c *conformance) run(t *testing.T, file string) {
 	server := httptest.NewServer(http.FileServer(http.Dir(filepath.Join(b.work, "www"))))
 	defer server.Close()
 	b.http = server.URL
+	b.registries = map[string]string{"theirs": registrytest.Start(t, registrytest.Options{}).Host, "ours": registrytest.Start(t, registrytest.Options{}).Host}
 	if err := b.unpack(t.Context(), archive); err != nil {
 		t.Fatal(err)
 	}
@@ -269,6 +274,8 @@ func (b *conformanceCase) variable(name string) string {
 		return b.work
 	case "CTX":
 		return b.context
+	case "CGROUP":
+		return conformanceCgroup(filepath.Join(b.dir, "bk")) + "-other"
 	case "HTTP":
 		return strings.TrimPrefix(b.http, "http://")
 	}
@@ -393,7 +400,7 @@ func (b *conformanceCase) do(t *testing.T, words []string) error {
 		}
 		r.words = words
 		return b.compare(t, r)
-	case "fail", "call":
+	case "fail", "refused", "call":
 		what, err := take()
 		if err != nil {
 			return err
@@ -429,8 +436,11 @@ func (b *conformanceCase) compare(t *testing.T, r conformanceRequest) error {
 	if err := errors.Join(r.checkEnd("BuildKit", theirs), r.checkEnd("Slipway", ours)); err != nil {
 		return err
 	}
-	if r.verb == "fail" {
+	if r.verb == "fail" || r.verb == "refused" {
 		t.Logf("BuildKit: %v\nSlipway: %v", theirs.failure, ours.failure)
+	}
+	if r.verb == "refused" {
+		return nil
 	}
 	var different []string
 	for _, line := range difference(theirs.lines, ours.lines) {
@@ -459,12 +469,13 @@ func (b *conformanceCase) compare(t *testing.T, r conformanceRequest) error {
 
 // checkEnd says whether a request has ended as it should.
 func (r conformanceRequest) checkEnd(who string, o *observation) error {
+	fails := r.verb == "fail" || r.verb == "refused" && who == "Slipway"
 	switch {
-	case r.verb != "fail" && o.failure != nil:
+	case !fails && o.failure != nil:
 		return fmt.Errorf("%s: %w", who, o.failure)
-	case r.verb == "fail" && o.failure == nil:
+	case fails && o.failure == nil:
 		return fmt.Errorf("%s: no error", who)
-	case r.verb == "fail":
+	case fails:
 		if matched, err := regexp.MatchString(r.what, o.failure.Error()); err != nil || !matched {
 			return fmt.Errorf("%s: the error is not like %q: %w (%v)", who, r.what, o.failure, err)
 		}

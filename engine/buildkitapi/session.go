@@ -166,7 +166,8 @@ func (s *clientSession) SSHAgent(ctx context.Context, id string) (string, func()
 		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)
 	}
 	if err := sshforward.CheckSSHID(ctx, caller, id); err != nil {
-		if code := grpcerrors.Code(err); code == codes.Unimplemented || code == codes.NotFound {
+		switch grpcerrors.Code(err) {
+		case codes.Unimplemented, codes.NotFound, codes.Unknown: // BuildKit's provider has no code for a name that it does not know
 			return "", nil, fmt.Errorf("ssh agent %q: %w", id, solver.ErrNotFound)
 		}
 		return "", nil, fmt.Errorf("ssh agent %q: %w", id, err)

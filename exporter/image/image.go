@@ -105,7 +105,7 @@ func (e *imageExporter) Export(ctx context.Context, r exporter.Result, opts expo
 		}
 	}
 	desc.Platform, desc.Annotations = told.Platform, told.Annotations
-	return e.response(img, desc, names)
+	return e.response(img, desc, e.given(r))
 }
 
 // push sends the image to all registries at once, and to one registry under one name after the other: the second finds
@@ -365,15 +365,24 @@ func (e *imageExporter) localNames(names []string, d digest.Digest) []string {
 	return slices.Compact(local)
 }
 
-// response is what BuildKit's clients look for.
+// given are the names that the image gets, as the client and the frontend have written them.
+func (e *imageExporter) given(r exporter.Result) []string {
+	var names []string
+	for _, name := range e.attrs.names {
+		if name == "*" {
+			name = string(r.Metadata[exptypes.ExporterImageNameKey])
+		}
+		if name != "" {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// response is what BuildKit's clients look for; names are as they were given.
 func (e *imageExporter) response(img image.Image, desc ocispec.Descriptor, names []string) (map[string]string, error) {
 	resp := map[string]string{exptypes.ExporterImageDigestKey: desc.Digest.String()}
 	named := slices.Clone(names)
-	if e.attrs.byDigest {
-		for i, name := range named {
-			named[i] = strings.TrimSuffix(name, ":latest")
-		}
-	}
 	if name := e.danglingName(names); name != "" {
 		named = append(named, name+"@"+desc.Digest.String())
 	}

@@ -6,6 +6,7 @@ package dockerfile
 
 import (
 	"context"
+	"strings"
 
 	"github.com/moby/buildkit/frontend/dockerfile/builder"
 	"github.com/moby/buildkit/frontend/dockerfile/version"
@@ -20,5 +21,6 @@ func Build(ctx context.Context, c gwclient.Client) (*gwclient.Result, error) {
 	return builder.Build(ctx, c)
 }
 
-// Version is the release of docker/dockerfile whose language this is.
-func Version() string { return version.Version() }
+// Version is the release of docker/dockerfile whose language this is. The module calls every build without its own linker flags
+// a development version; what go.mod names is a release.
+func Version() string { return strings.TrimSuffix(version.Version(), "-dev") }
