@@ -63,6 +63,10 @@ func run() error {
 	logrus.SetOutput(os.Stderr)
 	logrus.SetLevel(logrus.WarnLevel)
 
+	// libcontainer hands this on to the first processes of containers, and nothing else: theirs is the work of one thread, and a runtime
+	// that need not find out how many processors its cgroup has starts faster. This process has counted its own already.
+	os.Setenv("GOMAXPROCS", "1")
+
 	// The terminal's Ctrl-C is for the engine to decide about.
 	// Caught and not ignored: what is ignored stays so across exec, and no container could handle its own Ctrl-C.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
