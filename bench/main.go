@@ -186,6 +186,11 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 		page.add(result)
 		fmt.Print(result.table())
+		if o.out != "" { // as far as it has come
+			if err := page.write(o.out); err != nil {
+				return err
+			}
+		}
 	}
 	for _, name := range o.curves {
 		d, err := b.draw(ctx, curves[slices.Index(curveNames(), name)])

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/seed-68981b69/slipway/cache"
+	"github.com/seed-68981b69/slipway/cmd/slipway/clientgc"
 	"github.com/seed-68981b69/slipway/engine"
 )
 
@@ -34,6 +35,7 @@ The exit status is 1 when damage is left.`,
 			if format != "table" && format != "json" {
 				return &usageError{fmt.Errorf("--format %s: want table or json", format), cmd.CommandPath()}
 			}
+			clientgc.End()
 			return a.cacheFsck(cmd.Context(), repair, format)
 		},
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/seed-68981b69/slipway/cache/registry"
 	"github.com/seed-68981b69/slipway/cache/registry/transport"
+	"github.com/seed-68981b69/slipway/cmd/slipway/clientgc"
 )
 
 const locationHelp = `A place is NAME[:TAG|@DIGEST] in a registry (or docker://NAME), oci:DIR[:TAG] for an OCI layout,
@@ -56,6 +57,7 @@ func newCopyCommand(a *app) *cobra.Command {
 			locationHelp,
 		Args: args(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			clientgc.End()
 			desc, err := a.copy(cmd.Context(), &f, quiet, args[0], args[1])
 			if err != nil {
 				return interrupted(cmd.Context(), err)

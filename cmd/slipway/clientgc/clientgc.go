@@ -19,7 +19,7 @@ func init() {
 	}
 }
 
-// End is for processes that become an engine: Go's default again, unless $GOGC has a say.
+// End is for processes that become an engine or do its work themselves: Go's default again, unless $GOGC has a say.
 func End() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(100)
