@@ -227,6 +227,7 @@ func (c *Container) start(ctx context.Context, p ContainerProcess, stdio executo
 		Joinable:       true,
 		Hostname:       c.spec.Hostname,
 		Network:        network,
+		OwnHosts:       true,
 		Privileged:     p.Security == pb.SecurityMode_INSECURE,
 	}
 	for _, h := range c.spec.ExtraHosts {
