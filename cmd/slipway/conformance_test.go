@@ -183,7 +183,7 @@ func connectTo(t *testing.T, socket string, log func() string) *bkclient.Client 
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { client.Close() })
-	deadline := time.Now().Add(scriptPatience)
+	deadline := time.Now().Add(patience)
 	for {
 		_, err := client.Info(t.Context())
 		if err == nil {
