@@ -39,6 +39,9 @@ type Spec struct {
 	Hostname   string
 	ExtraHosts []HostEntry
 	Network    NetworkMode
+	// OwnHosts gives a container in the host's network an /etc/hosts of its own, as containers in other networks have it, instead
+	// of one that begins as the host's.
+	OwnHosts bool
 	// Nameservers, DNSSearch and DNSOptions take the place of what the host has of each in /etc/resolv.conf.
 	Nameservers, DNSSearch, DNSOptions []string
 	// Ports are published from the host; only with NetworkBridge.

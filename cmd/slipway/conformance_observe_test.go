@@ -48,7 +48,7 @@ func (o *observation) addf(format string, args ...any) {
 
 // observe sends the request and looks at all that comes of it. Its own error is that the case itself is wrong.
 func (b *conformanceCase) observe(ctx context.Context, client *bkclient.Client, r conformanceRequest, who string) (*observation, error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	out, err := os.MkdirTemp(b.work, who+"-")
 	if err != nil {

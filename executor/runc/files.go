@@ -23,10 +23,10 @@ ff02::2	ip6-allrouters
 `
 
 // hostsFile makes /etc/hosts. ip and ip6 are the container's own addresses if it has some, gateway the host as seen from it;
-// hostFile is the host's own /etc/hosts, which a container in the host's network shares.
+// hostFile is the host's own /etc/hosts, which a container in the host's network shares unless it is to have its own.
 func hostsFile(s executor.Spec, hostname string, ip, ip6, gateway netip.Addr, hostFile []byte) ([]byte, error) {
 	var b strings.Builder
-	if s.Network == executor.NetworkHost && len(hostFile) > 0 {
+	if s.Network == executor.NetworkHost && !s.OwnHosts && len(hostFile) > 0 {
 		b.Write(hostFile)
 		if hostFile[len(hostFile)-1] != '\n' {
 			b.WriteByte('\n')
@@ -56,7 +56,7 @@ func hostsFile(s executor.Spec, hostname string, ip, ip6, gateway netip.Addr, ho
 		if ip6.IsValid() {
 			fmt.Fprintf(&b, "%s\t%s\n", ip6, hostname)
 		}
-	case s.Network == executor.NetworkNone:
+	case s.Network == executor.NetworkNone, s.OwnHosts:
 		fmt.Fprintf(&b, "127.0.0.1\t%s\n", hostname)
 	}
 	return []byte(b.String()), nil

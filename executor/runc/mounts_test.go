@@ -262,6 +262,11 @@ func TestGeneratedFiles(t *testing.T) {
 	if res.stdout != string(hosts)+string(resolv) {
 		t.Errorf("host network: got %q, want the host's files", res.stdout)
 	}
+	s = spec(rootfs, "cat /etc/hosts")
+	s.Network, s.OwnHosts, s.Hostname = executor.NetworkHost, true, "box"
+	if res = run(t, r, s); !strings.HasPrefix(res.stdout, "127.0.0.1\tlocalhost\n") || !strings.HasSuffix(res.stdout, "\n127.0.0.1\tbox\n") {
+		t.Errorf("host network, own hosts: %q", res.stdout)
+	}
 	for _, bad := range []executor.HostEntry{{Host: "x", IP: "nonsense"}, {Host: "a b", IP: "1.2.3.4"}, {Host: "x", IP: "host-gateway"}} {
 		s := spec(rootfs, "true")
 		s.ExtraHosts = []executor.HostEntry{bad}

@@ -240,6 +240,7 @@ func (c *Container) start(ctx context.Context, p ContainerProcess, stdio executo
 		Joinable:       true,
 		Hostname:       c.spec.Hostname,
 		Network:        network,
+		OwnHosts:       true,
 		Privileged:     p.Security == pb.SecurityMode_INSECURE,
 		Ulimits:        ulimits(c.spec.ulimits),
 		Resources:      resources(c.spec.resources),

@@ -499,6 +499,7 @@ func (s *step) spec(ctx context.Context) (executor.Spec, error) {
 		User:            user,
 		Hostname:        meta.Hostname,
 		Network:         network,
+		OwnHosts:        true, // what the host calls others is in no key
 		Privileged:      op.Security == pb.SecurityMode_INSECURE,
 		Devices:         s.op.devices,
 		NoNewPrivileges: false, // sudo works in a build step, as it does in BuildKit's
