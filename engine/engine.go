@@ -77,6 +77,9 @@ const (
 	LabelLimits    = "slipway.limits"
 	LabelHostname  = "org.mobyproject.buildkit.worker.hostname"
 	LabelExecutor  = "org.mobyproject.buildkit.worker.executor"
+	// LabelHostGateway is the address by which steps reach the engine's host, not there when they cannot; docker's own name for it, which
+	// docker buildx reads.
+	LabelHostGateway = "org.mobyproject.buildkit.worker.moby.host-gateway-ip"
 	// What BuildKit's OCI worker says of itself.
 	labelNetwork     = "org.mobyproject.buildkit.worker.network"
 	labelSnapshotter = "org.mobyproject.buildkit.worker.snapshotter"
@@ -614,6 +617,12 @@ func (e *Engine) labels() map[string]string {
 	}
 	labels[labelNetwork] = string(cmp.Or(e.stepNetwork, executor.NetworkBridge))
 	labels[labelSnapshotter], labels[labelProcesses], labels[labelSELinux] = "overlayfs", "sandbox", "false"
+	switch {
+	case e.stepNetwork == executor.NetworkHost:
+		labels[LabelHostGateway] = "127.0.0.1"
+	case e.network != nil && e.network.Host().IsValid():
+		labels[LabelHostGateway] = e.network.Host().String()
+	}
 	maps.Copy(labels, e.extraLabels)
 	return labels
 }

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/distribution/reference"
 	dockerconfig "github.com/docker/cli/cli/config"
@@ -36,6 +37,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 
+	"github.com/seed-68981b69/slipway/engine"
 	"github.com/seed-68981b69/slipway/engine/buildkitapi"
 )
 
@@ -99,7 +101,7 @@ func newBuildCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.load, "load", false, "put the image into the local store, beside what --output makes")
 	f.StringArrayVarP(&o.outputs, "output", "o", nil, "what to make, may be repeated: DIR, - for a tar on standard output,\n"+
 		"or type=image|registry|local|tar|oci|docker|cacheonly,KEY=VALUE… (default type=image)")
-	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP")
+	f.StringArrayVar(&o.addHosts, "add-host", nil, "add a line to /etc/hosts of steps: HOST:IP, or HOST:host-gateway for the engine's host")
 	f.StringVar(&o.network, "network", "", "network of RUN steps: default, none or host")
 	f.StringArrayVar(&o.attest, "attest", nil, "say something about the result: type=provenance|sbom[,KEY=VALUE…]")
 	f.StringVar(&o.provenance, "provenance", "", "where the result comes from: true, false or KEY=VALUE… (mode=min|max)")
@@ -249,7 +251,7 @@ func (o *buildOptions) request(ctx context.Context, a *app, dir string) (solve b
 		return solve, nil, err
 	}
 	for _, add := range []func() error{
-		func() error { return o.addAttrs(&solve) },
+		func() error { return o.addAttrs(&solve, a.hostGateway(ctx, o.network)) },
 		func() error { return o.stepOptions.addAttrs(solve.FrontendAttrs) },
 		func() error { return addEpoch(ctx, solve.FrontendAttrs, dir, a.stderr()) },
 		func() error { return o.attestOptions.addAttrs(solve.FrontendAttrs) },
@@ -516,8 +518,8 @@ func addNamedContext(solve *bkclient.SolveOpt, spec string) error {
 	return addLocal(solve, name, value)
 }
 
-// addAttrs translates flags into the frontend's attributes.
-func (o *buildOptions) addAttrs(solve *bkclient.SolveOpt) error {
+// addAttrs translates flags into the frontend's attributes. gateway is asked for the address that host-gateway stands for.
+func (o *buildOptions) addAttrs(solve *bkclient.SolveOpt, gateway func() (string, error)) error {
 	attrs := solve.FrontendAttrs
 	for _, arg := range o.buildArgs {
 		key, value, ok := strings.Cut(arg, "=")
@@ -556,7 +558,7 @@ func (o *buildOptions) addAttrs(solve *bkclient.SolveOpt) error {
 		attrs["platform"] = strings.Join(o.platforms, ",")
 	}
 	if len(o.addHosts) > 0 {
-		hosts, err := extraHosts(o.addHosts)
+		hosts, err := extraHosts(o.addHosts, gateway)
 		if err != nil {
 			return err
 		}
@@ -578,17 +580,23 @@ func (o *buildOptions) addAttrs(solve *bkclient.SolveOpt) error {
 	return nil
 }
 
+// hostGateway is the address of --add-host that stands for the engine's host.
+const hostGateway = "host-gateway"
+
 // extraHosts translates docker's HOST:IP or HOST=IP into the frontend's list.
-func extraHosts(specs []string) (string, error) {
+func extraHosts(specs []string, gateway func() (string, error)) (string, error) {
 	var fields []string
 	for _, spec := range specs {
 		i := strings.IndexAny(spec, ":=")
 		if i <= 0 {
-			return "", fmt.Errorf("--add-host %s: want HOST:IP", spec)
+			return "", fmt.Errorf("--add-host %s: want HOST:IP or HOST:%s", spec, hostGateway)
 		}
 		host, ip := spec[:i], strings.Trim(spec[i+1:], "[]")
-		if ip == "host-gateway" {
-			return "", fmt.Errorf("--add-host %s: not supported yet: host-gateway", spec)
+		if ip == hostGateway {
+			var err error
+			if ip, err = gateway(); err != nil {
+				return "", fmt.Errorf("--add-host %s: %w", spec, err)
+			}
 		}
 		if net.ParseIP(ip) == nil {
 			return "", fmt.Errorf("--add-host %s: %q is not an IP address", spec, ip)
@@ -596,6 +604,33 @@ func extraHosts(specs []string) (string, error) {
 		fields = append(fields, host+"="+ip)
 	}
 	return strings.Join(fields, ","), nil
+}
+
+// hostGateway asks the engine for the address by which its steps reach its host. It is a part of the steps that have it, and of
+// their cache keys.
+func (a *app) hostGateway(ctx context.Context, network string) func() (string, error) {
+	return sync.OnceValues(func() (string, error) {
+		switch network {
+		case "none":
+			return "", errors.New("with --network none there is no way to the host")
+		case "host":
+			return "127.0.0.1", nil
+		}
+		client, err := a.buildkit(ctx)
+		if err != nil {
+			return "", err
+		}
+		workers, err := client.ListWorkers(ctx)
+		if err != nil {
+			return "", err
+		}
+		for _, w := range workers {
+			if ip := w.Labels[engine.LabelHostGateway]; ip != "" {
+				return ip, nil
+			}
+		}
+		return "", errors.New("the engine's steps have no way to its host (see 'slipway info'): give an IP address, or --network host")
+	})
 }
 
 // parseCSV reads "key=value,key=value"; a lone word is a type.

@@ -27,16 +27,16 @@ func TestBuildAttrs(t *testing.T) {
 	o := buildOptions{
 		buildArgs: []string{"A=1=2", "FROM_ENV", "NOT_SET", "EMPTY="}, labels: []string{"l=v=w", "bare"},
 		target: "t", noCacheFilter: []string{"a", "b"}, pull: true, platforms: []string{"linux/amd64"},
-		addHosts: []string{"h:1.2.3.4", "six:[::1]", "eq=5.6.7.8"}, network: "host",
+		addHosts: []string{"h:1.2.3.4", "six:[::1]", "eq=5.6.7.8", "up:host-gateway"}, network: "host",
 	}
 	solve := newSolveOpt()
-	if err := o.addAttrs(solve); err != nil {
+	if err := o.addAttrs(solve, func() (string, error) { return "9.9.9.9", nil }); err != nil {
 		t.Fatal(err)
 	}
 	want := map[string]string{
 		"build-arg:A": "1=2", "build-arg:FROM_ENV": "e=1", "build-arg:EMPTY": "", "label:l": "v=w", "label:bare": "",
 		"target": "t", "no-cache": "a,b", "image-resolve-mode": "pull", "platform": "linux/amd64",
-		"add-hosts": "h=1.2.3.4,six=::1,eq=5.6.7.8", "force-network-mode": "host",
+		"add-hosts": "h=1.2.3.4,six=::1,eq=5.6.7.8,up=9.9.9.9", "force-network-mode": "host",
 	}
 	if !maps.Equal(solve.FrontendAttrs, want) {
 		t.Errorf("got  %v\nwant %v", solve.FrontendAttrs, want)
@@ -53,7 +53,7 @@ func TestBuildAttrs(t *testing.T) {
 		{addHosts: []string{"h:host-gateway"}},
 		{network: "x"},
 	} {
-		if err := bad.addAttrs(newSolveOpt()); err == nil {
+		if err := bad.addAttrs(newSolveOpt(), (&app{}).hostGateway(t.Context(), "none")); err == nil {
 			t.Errorf("%+v is accepted", bad)
 		}
 	}

@@ -324,7 +324,7 @@ func (a *app) inspectFor(ctx context.Context, o *inspectOptions, specs []bkclien
 		return err
 	}
 	defer from.cleanup()
-	if err := o.build.addAttrs(&solve); err != nil {
+	if err := o.build.addAttrs(&solve, a.hostGateway(ctx, o.build.network)); err != nil {
 		return err
 	}
 	if solve.Session, err = a.attachables(o.build); err != nil {

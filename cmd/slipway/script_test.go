@@ -85,7 +85,7 @@ func TestMain(m *testing.M) {
 //	real-buildkitd             starts a real BuildKit on an empty state and sets $BUILDKITD to its address; skipped where buildx would be, and without runc
 //
 // Conditions: [engine] (containers can be run: as root, or as the user of TestScriptUser), [user] (as that user), [single-id] (who has no IDs to give away), [root], [overlay] (overlayfs
-// and namespaces may be used), [ipv6] (the host has it), [skopeo] and [busybox] (installed). The store is
+// and namespaces may be used), [ipv6] (the host has it), [routed] (the host has a way out), [skopeo] and [busybox] (installed). The store is
 // $SLIPWAY_ROOT. When a script ends its engine is stopped; what the engine leaves behind (a mount, a process, an interface, a table, a
 // cgroup, a file) fails the test.
 func TestScript(t *testing.T) {
@@ -216,6 +216,12 @@ func scriptCondition(cond string) (bool, error) {
 	case "overlay":
 		data, err := os.ReadFile("/proc/filesystems")
 		return err == nil && os.Geteuid() == 0 && bytes.Contains(data, []byte("\toverlay\n")), nil
+	case "routed":
+		c, err := net.Dial("udp4", "192.0.2.1:9") // which sends nothing
+		if err == nil {
+			c.Close()
+		}
+		return err == nil, nil
 	case "ipv6":
 		l, err := net.Listen("tcp6", "[::1]:0")
 		if err == nil {

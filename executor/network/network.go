@@ -332,6 +332,9 @@ func (n *Network) Close() error {
 // Gateway is the host's address on the bridge.
 func (n *Network) Gateway() netip.Addr { return n.gateway }
 
+// Host is the address by which containers reach this host: the bridge's.
+func (n *Network) Host() netip.Addr { return n.gateway }
+
 // Publish listens on the host's ports and forwards to the container at ip; see the function Publish.
 func (n *Network) Publish(ip netip.Addr, ports []executor.Port) (*Published, error) {
 	return Publish(ip, ports)

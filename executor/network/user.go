@@ -157,6 +157,18 @@ func (u *User) inHub(fn func() error) error {
 // Gateway is the address of the router, as containers see it.
 func (u *User) Gateway() netip.Addr { return u.gateway }
 
+// Host is the address by which containers reach this host: its own towards the outside, for the router's is nobody's and gives no way to
+// what listens on the loopback alone. Not valid when the host has no way out.
+func (u *User) Host() netip.Addr {
+	// A datagram socket that is connected has been routed, and has sent nothing. The address is of those for documentation.
+	c, err := net.Dial("udp4", "192.0.2.1:9")
+	if err != nil {
+		return netip.Addr{}
+	}
+	defer c.Close()
+	return c.LocalAddr().(*net.UDPAddr).AddrPort().Addr()
+}
+
 // ResolvConf makes the resolv.conf of a container: the router is its name server, and asks the host's.
 func (u *User) ResolvConf() ([]byte, error) {
 	host, err := hostConf(u.names)

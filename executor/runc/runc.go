@@ -65,8 +65,8 @@ type Network interface {
 	// Acquire returns a namespace for one container, and Release takes it back.
 	Acquire(ctx context.Context) (*network.Namespace, error)
 	Release(ns *network.Namespace, reusable bool)
-	// Gateway is the address by which a container reaches the host.
-	Gateway() netip.Addr
+	// Host is the address by which a container reaches the host, not valid when there is none.
+	Host() netip.Addr
 	// ResolvConf is what containers have as /etc/resolv.conf.
 	ResolvConf() ([]byte, error)
 	// Publish makes ports of the host lead to the container with that address.
@@ -318,7 +318,7 @@ func (p *process) generate(s executor.Spec) ([]generatedFile, error) {
 	var err error
 	switch s.Network {
 	case executor.NetworkBridge:
-		ip, ip6, gateway = p.ns.IP(), p.ns.IP6(), p.r.opts.Network.Gateway()
+		ip, ip6, gateway = p.ns.IP(), p.ns.IP6(), p.r.opts.Network.Host()
 		if resolvConf, err = p.r.opts.Network.ResolvConf(); err != nil {
 			return nil, err
 		}
