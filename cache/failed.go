@@ -44,6 +44,8 @@ type FailedStep struct {
 	Created time.Time `json:"created"`
 	// Op says what the step was, in a form that the store knows nothing of.
 	Op []byte `json:"op"`
+	// Limits are those of its cgroup, which are no part of Op, in a form that the store knows nothing of either.
+	Limits []byte `json:"limits,omitempty"`
 	// Inputs are what the mounts of the step had at its beginning, Mounts what they had at its end. An empty snapshot is for a mount
 	// that had no files, or has none that are kept.
 	Inputs []snapshot.Snapshot `json:"inputs"`

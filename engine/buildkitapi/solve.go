@@ -102,6 +102,7 @@ func (s *Server) Solve(ctx context.Context, in *controlapi.SolveRequest) (*contr
 		Solved:       func(ref *gateway.Reference) { s.requests.Add(made.origin, ref) },
 		Entitlements: req.entitlements,
 		FailedResult: s.FailedResult,
+		FailedStep:   s.FailedStep,
 	}
 	if s.Devices != nil {
 		gatewayOptions.Devices = s.Devices // not a typed nil

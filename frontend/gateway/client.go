@@ -28,6 +28,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/solver"
 	"github.com/seed-68981b69/slipway/solver/op"
@@ -99,6 +100,8 @@ type Options struct {
 	Devices op.Devices
 	// FailedResult finds what a failed step has left that the store keeps beyond its build; may be nil.
 	FailedResult func(ctx context.Context, resultID string) (snapshot.Snapshot, error)
+	// FailedStep finds what the store keeps of a failed step, by its ID; may be nil.
+	FailedStep func(id string) (*cache.FailedStep, error)
 }
 
 // Client is a gateway client for one frontend. It may be used concurrently.

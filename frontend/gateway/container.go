@@ -21,6 +21,7 @@ import (
 	fstypes "github.com/tonistiigi/fsutil/types"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/solver"
 	"github.com/seed-68981b69/slipway/solver/op"
@@ -69,6 +70,9 @@ func (c *Client) newContainer(ctx, life context.Context, req gwclient.NewContain
 			}
 			pm.Input = int64(len(spec.Inputs))
 			spec.Inputs = append(spec.Inputs, snap)
+			if m.Dest == pb.RootMount {
+				spec.Failed = c.failedStep(m.ResultID)
+			}
 		case m.Ref != nil:
 			snap, err := Snapshot(ctx, m.Ref)
 			if err != nil {
@@ -84,6 +88,19 @@ func (c *Client) newContainer(ctx, life context.Context, req gwclient.NewContain
 		return nil, fmt.Errorf("new container: %w", err)
 	}
 	return &container{shared: c.shared, mounts: req.Mounts, ctr: ctr}, nil
+}
+
+// failedStep is what the store keeps of the step that a name in an error's details belongs to, nil when there is none.
+func (s *shared) failedStep(resultID string) *cache.FailedStep {
+	id, ok := cache.FailedStepOf(resultID)
+	if !ok || s.FailedStep == nil {
+		return nil
+	}
+	f, err := s.FailedStep(id)
+	if err != nil {
+		return nil
+	}
+	return f
 }
 
 // startContainer is Containers.New, ended early when ctx ends before the container is there.

@@ -3,6 +3,7 @@
 package op
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/moby/buildkit/util/system"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/executor"
 	"github.com/seed-68981b69/slipway/solver"
@@ -58,6 +60,12 @@ type ContainerSpec struct {
 	Hostname   string
 	ExtraHosts []*pb.HostIP
 	Platform   *pb.Platform
+	// Failed is the step whose files the root has, to give the container that step's limits; may be nil.
+	Failed *cache.FailedStep
+
+	resources    *pb.LinuxResources
+	ulimits      []*pb.Ulimit
+	cgroupParent string
 }
 
 // ContainerProcess describes a process of a container.
@@ -94,6 +102,11 @@ type Container struct {
 
 // New mounts what spec says. Release the container, whatever becomes of ctx, which it does not outlive otherwise.
 func (c *Containers) New(ctx context.Context, env *solver.Env, spec ContainerSpec) (_ *Container, err error) {
+	if spec.Failed != nil {
+		if err := spec.limitAs(spec.Failed); err != nil {
+			return nil, err
+		}
+	}
 	op := &pb.ExecOp{Meta: &pb.Meta{Cwd: "/"}, Network: spec.Network}
 	e := &execOp{deps: c.deps, caches: c.deps.Caches, op: op, platform: spec.Platform, root: -1}
 	if err := checkLinux(e.platform); err != nil {
@@ -208,7 +221,7 @@ func (c *Container) start(ctx context.Context, p ContainerProcess, stdio executo
 		if p.Security != c.security {
 			return nil, errors.New("not supported: a process with another security mode than the container's first one")
 		}
-		return c.first.Join(ctx, executor.ProcessSpec{Args: p.Args, Env: env, Cwd: cwd, User: user, Terminal: p.Terminal}, stdio)
+		return c.first.Join(ctx, executor.ProcessSpec{Args: p.Args, Env: env, Cwd: cwd, User: user, Terminal: p.Terminal, Ulimits: ulimits(c.spec.ulimits)}, stdio)
 	}
 	network, err := s.network()
 	if err != nil {
@@ -228,6 +241,11 @@ func (c *Container) start(ctx context.Context, p ContainerProcess, stdio executo
 		Hostname:       c.spec.Hostname,
 		Network:        network,
 		Privileged:     p.Security == pb.SecurityMode_INSECURE,
+		Ulimits:        ulimits(c.spec.ulimits),
+		Resources:      resources(c.spec.resources),
+	}
+	if c.spec.Failed != nil {
+		spec.CgroupParent = cmp.Or(c.spec.cgroupParent, s.op.deps.DefaultCgroupParent)
 	}
 	for _, h := range c.spec.ExtraHosts {
 		spec.ExtraHosts = append(spec.ExtraHosts, executor.HostEntry{Host: h.Host, IP: h.IP})

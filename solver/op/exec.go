@@ -503,12 +503,10 @@ func (s *step) spec(ctx context.Context) (executor.Spec, error) {
 		NoNewPrivileges: false, // sudo works in a build step, as it does in BuildKit's
 		CgroupParent:    cmp.Or(meta.CgroupParent, deps.DefaultCgroupParent),
 		Resources:       resources(s.op.res),
+		Ulimits:         ulimits(meta.Ulimit),
 	}
 	for _, h := range meta.ExtraHosts {
 		spec.ExtraHosts = append(spec.ExtraHosts, executor.HostEntry{Host: h.Host, IP: h.IP})
-	}
-	for _, u := range meta.Ulimit {
-		spec.Ulimits = append(spec.Ulimits, executor.Ulimit{Name: u.Name, Soft: uint64(u.Soft), Hard: uint64(u.Hard)})
 	}
 	if spec.Rootfs, spec.Mounts, err = s.mounts(ctx); err != nil {
 		return none, err
@@ -541,6 +539,14 @@ func (s *step) network() (executor.NetworkMode, error) {
 		return d, nil
 	}
 	return executor.NetworkBridge, nil
+}
+
+func ulimits(list []*pb.Ulimit) []executor.Ulimit {
+	var out []executor.Ulimit
+	for _, u := range list {
+		out = append(out, executor.Ulimit{Name: u.Name, Soft: uint64(u.Soft), Hard: uint64(u.Hard)})
+	}
+	return out
 }
 
 func resources(r *pb.LinuxResources) executor.Resources {

@@ -54,7 +54,9 @@ func (s *step) failure(ctx context.Context, err error) error {
 		return failed
 	}
 	data, merr := s.op.withoutPasswords().MarshalVT()
-	kept := &cache.FailedStep{Name: s.op.vertex.Name, Op: data, Inputs: failed.Inputs, Mounts: failed.Mounts}
+	limits, lerr := s.op.res.MarshalVT() // none of none
+	merr = errors.Join(merr, lerr)
+	kept := &cache.FailedStep{Name: s.op.vertex.Name, Op: data, Limits: limits, Inputs: failed.Inputs, Mounts: failed.Mounts}
 	if merr == nil {
 		merr = s.op.deps.KeepFailed(ctx, kept)
 	}
@@ -66,6 +68,32 @@ func (s *step) failure(ctx context.Context, err error) error {
 	}
 	failed.InputIDs, failed.MountIDs = kept.InputIDs(), kept.MountIDs()
 	return failed
+}
+
+// limitAs gives a container the limits of a step that has failed: resource limits, cgroup, and the sizes of file systems in memory that it
+// has at the same places and of which nothing is said.
+func (spec *ContainerSpec) limitAs(f *cache.FailedStep) error {
+	var step pb.Op
+	if err := step.UnmarshalVT(f.Op); err != nil {
+		return fmt.Errorf("read failed step %s: %w", f.ID, err)
+	}
+	var limits pb.LinuxResources
+	if err := limits.UnmarshalVT(f.Limits); err != nil {
+		return fmt.Errorf("read the limits of failed step %s: %w", f.ID, err)
+	}
+	exec := step.GetExec()
+	spec.resources, spec.ulimits, spec.cgroupParent = &limits, exec.GetMeta().GetUlimit(), exec.GetMeta().GetCgroupParent()
+	for _, m := range spec.Mounts {
+		if m.MountType != pb.MountType_TMPFS || m.TmpfsOpt != nil {
+			continue
+		}
+		for _, its := range exec.GetMounts() {
+			if its.MountType == pb.MountType_TMPFS && its.Dest == m.Dest {
+				m.TmpfsOpt = its.TmpfsOpt
+			}
+		}
+	}
+	return nil
 }
 
 // withoutPasswords is the op without what the client would not like to be written down: the proxies' user names and passwords.
