@@ -407,6 +407,9 @@ func (f buildkitdFlag) apply(conf *config.Config, given *pflag.FlagSet) (err err
 
 // serveBuildkitd serves until a signal. Then nothing is left mounted: tools delete the state directory of a buildkitd.
 func (a *app) serveBuildkitd(ctx context.Context, conf *config.Config) error {
+	if err := a.settleLimits(); err != nil {
+		return err
+	}
 	if needsNamespace() {
 		return a.daemonInside(ctx)
 	}
@@ -414,6 +417,7 @@ func (a *app) serveBuildkitd(ctx context.Context, conf *config.Config) error {
 	if err != nil {
 		return err
 	}
+	a.limit(&options)
 	if options.Root, err = filepath.Abs(conf.Root); err != nil {
 		return err
 	}
