@@ -417,7 +417,7 @@ func (e *Engine) openAPIs(opts Options) error {
 		Dir:      e.root,
 		Version:  Version,
 		Rootless: userns.Inside(),
-		NoLimits: e.executor.NoLimits() != "",
+		NoLimits: e.executor.NoLimits() != "", NoEmulation: op.NoEmulation,
 		Info: func() [][2]string {
 			return [][2]string{
 				{"Root Dir", e.root},

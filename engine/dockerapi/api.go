@@ -51,6 +51,8 @@ type Options struct {
 	Version string
 	// Rootless is told to clients; NoLimits says that containers cannot be given limits.
 	Rootless, NoLimits bool
+	// NoEmulation says why programs of an architecture cannot run here, "" when they can; may be nil.
+	NoEmulation func(arch string) string
 	// Info adds facts for /info, as label and value; may be nil.
 	Info func() [][2]string
 	// Log may be nil.

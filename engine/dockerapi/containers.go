@@ -77,6 +77,11 @@ func (s *Server) containerCreate(r *request) error {
 		warnings = append(warnings, fmt.Sprintf("The requested image's platform (%s) does not match the detected host platform (%s) and no specific platform was requested",
 			platforms.Format(cfg.Platform), platforms.DefaultString()))
 	}
+	if s.NoEmulation != nil && cfg.Platform.Architecture != "" {
+		if why := s.NoEmulation(cfg.Platform.Architecture); why != "" {
+			warnings = append(warnings, fmt.Sprintf("The image is for %s: %s", platforms.Format(cfg.Platform), why))
+		}
+	}
 	if err := mergeConfig(req.Config, cfg.Config); err != nil {
 		return err
 	}

@@ -8,16 +8,21 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/moby/buildkit/solver/pb"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/seed-68981b69/slipway/cache/index"
+	"github.com/seed-68981b69/slipway/executor"
 )
 
 // binfmtDir is where the kernel shows which interpreters it has been told of for foreign programs.
@@ -177,8 +182,7 @@ func canRun(dir string, p *pb.Platform, exists func(name string) (bool, error)) 
 		if arch == "386" && runtime.GOARCH == "amd64" || arch == "arm" && runtime.GOARCH == "arm64" {
 			what += ", whose steps may only make 64-bit system calls"
 		}
-		return fmt.Errorf("%s: the kernel has no binfmt_misc handler for it (qemu-%s is not registered in %s): register one that is fixed (flag F), "+
-			"or run the step on the build platform (FROM --platform=$BUILDPLATFORM)", what, m.qemu, dir)
+		return fmt.Errorf("%s: %s, or run the step on the build platform (FROM --platform=$BUILDPLATFORM)", what, m.noHandler(dir))
 	}
 	if h.fixed {
 		return nil
@@ -191,6 +195,106 @@ func canRun(dir string, p *pb.Platform, exists func(name string) (bool, error)) 
 		return fmt.Errorf("%s: the binfmt_misc handler %s runs %s, which the image does not have: register the handler with the flag F", what, h.name, h.interpreter)
 	}
 	return nil
+}
+
+// noHandler says that there is no handler for programs of m, and what to install.
+func (m machine) noHandler(dir string) string {
+	return fmt.Sprintf("the kernel has no binfmt_misc handler for it (qemu-%s is not registered in %s): install the host's qemu-user-static package, "+
+		"or register a handler that is fixed (flag F)", m.qemu, dir)
+}
+
+// NoEmulation says why programs of an architecture cannot run in containers here and what to install; "" when they can.
+func NoEmulation(arch string) string {
+	m, ok := findMachine(arch)
+	if !ok || arch == runtime.GOARCH {
+		return ""
+	}
+	if h, ok := findHandler(binfmtDir, m); ok && h.fixed {
+		return ""
+	}
+	return m.noHandler(binfmtDir)
+}
+
+// machineOf is the machine that a program is for, by its beginning.
+func machineOf(header []byte) (machine, bool) {
+	if len(header) < 20 || string(header[:4]) != "\x7fELF" {
+		return machine{}, false
+	}
+	for _, m := range machines {
+		want := m.header()
+		if header[4] == want[4] && header[5] == want[5] && string(header[18:20]) == string(want[18:20]) {
+			return m, true
+		}
+	}
+	return machine{}, false
+}
+
+// foreignProgram says so when a command could not be executed because it is for another architecture, which its image did not tell: the
+// kernel's own words are "exec format error", and those of a shell are about what it read as a script. It looks at the files as they were
+// before the step, and at the first word of a shell's command.
+func (s *step) foreignProgram(ctx context.Context, spec executor.Spec) error {
+	view, err := s.op.deps.Snapshots.View(ctx, s.input(s.op.op.Mounts[s.op.root]))
+	if err != nil {
+		return nil
+	}
+	root, err := os.OpenRoot(spec.Rootfs)
+	if err != nil {
+		return nil
+	}
+	defer root.Close()
+	candidates := spec.Args[:1]
+	if n := len(spec.Args); n >= 3 && spec.Args[n-2] == "-c" {
+		if words := strings.Fields(spec.Args[n-1]); len(words) > 0 {
+			candidates = append(slices.Clone(candidates), words[0])
+		}
+	}
+	for _, name := range candidates {
+		for _, dir := range searchPath(name, spec) {
+			p, err := index.Resolve(view, path.Join(dir, name), true)
+			if err != nil {
+				continue
+			}
+			if m, ok := machineOf(beginning(root, p)); ok {
+				h, found := findHandler(s.op.deps.binfmtDir(), m)
+				if m.arch != runtime.GOARCH && (!found || !h.fixed) {
+					return fmt.Errorf("%s is a program for linux/%s, and this machine is linux/%s: %s", path.Join(dir, name), m.arch, runtime.GOARCH, m.noHandler(s.op.deps.binfmtDir()))
+				}
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// searchPath is where a command is looked for: in PATH, unless it has a slash in it.
+func searchPath(name string, spec executor.Spec) []string {
+	switch {
+	case strings.HasPrefix(name, "/"):
+		return []string{"/"}
+	case strings.Contains(name, "/"):
+		return []string{spec.Cwd}
+	}
+	for _, e := range slices.Backward(spec.Env) {
+		if list, ok := strings.CutPrefix(e, "PATH="); ok {
+			return slices.DeleteFunc(strings.Split(list, ":"), func(dir string) bool { return !path.IsAbs(dir) })
+		}
+	}
+	return nil
+}
+
+// beginning is the header of a regular file below root, nothing when there is none.
+func beginning(root *os.Root, name string) []byte {
+	f, err := root.OpenFile(strings.TrimPrefix(path.Clean(name), "/"), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	header := make([]byte, 20)
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return nil
+	}
+	n, _ := io.ReadFull(f, header)
+	return header[:n]
 }
 
 // checkPlatform is canRun for the step.

@@ -799,7 +799,11 @@ func (s *step) run(ctx context.Context, spec executor.Spec) error {
 		return err // whatever its exit code: it was killed
 	}
 	if !slices.Contains(valid, int32(exit.Code)) {
-		return &ExitError{Args: spec.Args, Code: exit.Code, OOMKilled: exit.OOMKilled}
+		failed := &ExitError{Args: spec.Args, Code: exit.Code, OOMKilled: exit.OOMKilled}
+		if exit.Code == 126 || exit.Code == 127 {
+			failed.Err = s.foreignProgram(ctx, spec)
+		}
+		return failed
 	}
 	return nil
 }
