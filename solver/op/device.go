@@ -16,19 +16,20 @@ type Devices interface {
 	Find(name string) ([]cdi.Device, error)
 }
 
-// findDevices returns the full names of the devices that a step gets. Optional ones that are not here are left out.
-func findDevices(devices Devices, wanted []*pb.CDIDevice) ([]string, error) {
-	var names []string
+// findDevices returns the full names of the devices that a step gets. Optional ones that are not here are missing.
+func findDevices(devices Devices, wanted []*pb.CDIDevice) (names, missing []string, err error) {
 	for _, w := range wanted {
 		var found []cdi.Device
 		if devices != nil {
-			var err error
 			if found, err = devices.Find(w.Name); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 		}
 		if len(found) == 0 && !w.Optional {
-			return nil, fmt.Errorf("required device %q is not here: no CDI device of that name is registered with the engine", w.Name)
+			return nil, nil, fmt.Errorf("required device %q is not here: no CDI device of that name is registered with the engine", w.Name)
+		}
+		if len(found) == 0 {
+			missing = append(missing, w.Name)
 		}
 		for _, f := range found {
 			if !slices.Contains(names, f.Name) {
@@ -36,5 +37,5 @@ func findDevices(devices Devices, wanted []*pb.CDIDevice) ([]string, error) {
 			}
 		}
 	}
-	return names, nil
+	return names, missing, nil
 }

@@ -41,6 +41,7 @@ type execOp struct {
 	root     int // index of the root mount
 	outputs  int
 	devices  []string       // CDI devices by their full names
+	missing  []string       // optional ones that are not here, as the step names them
 	vertex   *solver.Vertex // nil for a container that is no step
 }
 
@@ -91,7 +92,7 @@ func newExec(d *Deps, caches *CacheMounts, v *solver.Vertex, op *pb.ExecOp) (sol
 		return nil, fmt.Errorf("exec operation has no arguments")
 	}
 	var err error
-	if e.devices, err = findDevices(d.Devices, op.CdiDevices); err != nil {
+	if e.devices, e.missing, err = findDevices(d.Devices, op.CdiDevices); err != nil {
 		return nil, err
 	}
 	switch op.Network {
@@ -769,6 +770,9 @@ func usage(exit executor.Exit) string {
 // run runs the process to its end.
 func (s *step) run(ctx context.Context, spec executor.Spec) error {
 	deps := s.op.deps
+	for _, name := range s.op.missing {
+		s.env.Progress.Warn(fmt.Sprintf("the optional device %q is not here, and left out: no CDI device of that name is registered with the engine", name))
+	}
 	proc, err := deps.Executor.Start(ctx, spec, executor.IO{
 		Stdout: logWriter{s.env.Progress, 1},
 		Stderr: logWriter{s.env.Progress, 2},
