@@ -284,7 +284,7 @@ func (s *Server) spec(ctx context.Context, c *ctr) (executor.Spec, error) {
 	for i, m := range c.plan.mounts {
 		em := executor.Mount{Kind: executor.MountBind, Source: c.mounts[i].Source, Target: m.target, Readonly: m.readonly, Recursive: m.recursive}
 		if m.kind == mount.TypeTmpfs {
-			em = executor.Mount{Kind: executor.MountTmpfs, Target: m.target, Readonly: m.readonly, SizeBytes: m.size, Mode: m.mode}
+			em = executor.Mount{Kind: executor.MountTmpfs, Target: m.target, Readonly: m.readonly, SizeBytes: m.size, Mode: m.mode, NoExec: !m.exec}
 		}
 		spec.Mounts = append(spec.Mounts, em)
 	}

@@ -232,6 +232,7 @@ type plannedMount struct {
 	copyUp    bool // a new volume starts with what the image has at target
 	size      int64
 	mode      uint32
+	exec      bool   // a tmpfs whose files may be executed, which docker allows only when it is asked
 	optional  string // the text of the options, for inspect
 }
 
@@ -698,7 +699,9 @@ func parseTmpfs(target, options string) (plannedMount, error) {
 		name, value, _ := strings.Cut(option, "=")
 		var err error
 		switch name {
-		case "", "rw", "nosuid", "nodev", "noexec", "rprivate", "private": // what a tmpfs here has anyway
+		case "", "rw", "nosuid", "nodev", "rprivate", "private": // what a tmpfs here has anyway
+		case "exec", "noexec":
+			m.exec = name == "exec"
 		case "ro":
 			m.readonly = true
 		case "size":
