@@ -3,6 +3,7 @@
 package registry
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -32,8 +34,27 @@ func newHosts(opts Options) *hosts {
 	return &hosts{opts: opts, byHost: map[string]http.RoundTripper{}, files: map[string][]docker.RegistryHost{}}
 }
 
+// lastByte is the key of a context under which the last byte is that is wanted of a blob.
+type lastByte struct{}
+
+func withLastByte(ctx context.Context, last int64) context.Context {
+	return context.WithValue(ctx, lastByte{}, last)
+}
+
+// bounded gives a request for all from some byte on the end that its context knows. The library asks without one, and what comes before
+// it is told to stop fills the buffers of the connection, which cannot be used again then. Requests without a range stay: they may be for a token.
+func bounded(req *http.Request) *http.Request {
+	last, ok := req.Context().Value(lastByte{}).(int64)
+	if from := req.Header.Get("Range"); ok && strings.HasSuffix(from, "-") {
+		req = req.Clone(req.Context())
+		req.Header.Set("Range", from+strconv.FormatInt(last, 10))
+	}
+	return req
+}
+
 // RoundTrip sends req with the settings of its host.
 func (h *hosts) RoundTrip(req *http.Request) (*http.Response, error) {
+	req = bounded(req)
 	rt, err := h.transport(req.URL.Host)
 	if err != nil {
 		return nil, err

@@ -96,3 +96,43 @@ func TestRanges(t *testing.T) {
 		t.Errorf("without ranges: %d bytes, %v, %d requests", len(got), err, asked)
 	}
 }
+
+// TestFetchRange: of a stretch of a blob no more is asked for than there is in it, after a broken connection too.
+func TestFetchRange(t *testing.T) {
+	content := make([]byte, 1<<20)
+	_, _ = rand.NewChaCha8([32]byte{2}).Read(content)
+	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(content), Size: int64(len(content))}
+	s := registrytest.Start(t, registrytest.Options{})
+	r := newRegistry(t, registry.Options{})
+	ref := s.Host + "/stretch:1"
+	if err := r.Push(t.Context(), ref, desc, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content)), nil }, func(int64) {}); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []registrytest.Kind{"", registrytest.Truncate} {
+		s.Forget()
+		if kind != "" {
+			s.Fault.Break(kind, 1, "GET", "/blobs/")
+		}
+		rc, err := r.FetchRange(t.Context(), ref, desc, 100_000, 300_000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(rc)
+		if err != nil || !bytes.Equal(got, content[100_000:400_000]) {
+			t.Errorf("%q: %d bytes that are not those of the stretch, or %v", kind, len(got), err)
+		}
+		if err := rc.Close(); err != nil {
+			t.Error(err)
+		}
+		s.Fault.Heal()
+		ranges := s.Ranges()
+		if len(ranges) == 0 {
+			t.Errorf("%q: no range was asked for", kind)
+		}
+		for _, asked := range ranges {
+			if !strings.HasSuffix(asked, "-399999") {
+				t.Errorf("%q: asked for %s, want an end at 399999", kind, asked)
+			}
+		}
+	}
+}

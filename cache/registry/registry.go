@@ -187,6 +187,19 @@ func (r *Registry) FetchFrom(ctx context.Context, ref string, desc ocispec.Descr
 	return r.open(ctx, ref, desc, offset)
 }
 
+// FetchRange is FetchFrom for so many bytes: no more are asked for (but from the beginning of a blob), so that the connection serves the next request,
+// too. A registry that does not know ranges sends everything.
+func (r *Registry) FetchRange(ctx context.Context, ref string, desc ocispec.Descriptor, offset, length int64) (io.ReadCloser, error) {
+	d, err := r.open(withLastByte(ctx, offset+length-1), ref, desc, offset)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(d, length), d}, nil
+}
+
 func (r *Registry) open(ctx context.Context, ref string, desc ocispec.Descriptor, offset int64) (*download, error) {
 	named, err := Parse(ref)
 	if err != nil {

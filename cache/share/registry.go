@@ -73,17 +73,17 @@ func (r *Repository) Missing(ctx context.Context, descs []ocispec.Descriptor) ([
 func (r *Repository) Open(ctx context.Context, desc ocispec.Descriptor, offset, length int64) (io.ReadCloser, error) {
 	// As a blob, whatever is in it: registries keep manifests elsewhere.
 	desc.MediaType = ocispec.MediaTypeImageLayer
-	rc, err := r.remote.FetchFrom(ctx, r.ref, desc, offset)
+	var rc io.ReadCloser
+	var err error
+	if length < 0 {
+		rc, err = r.remote.FetchFrom(ctx, r.ref, desc, offset)
+	} else {
+		rc, err = r.remote.FetchRange(ctx, r.ref, desc, offset, length)
+	}
 	if err != nil {
 		return nil, notFound(err)
 	}
-	if length < 0 {
-		return rc, nil
-	}
-	return struct {
-		io.Reader
-		io.Closer
-	}{io.LimitReader(rc, length), rc}, nil
+	return rc, nil
 }
 
 // Put implements Backend.
