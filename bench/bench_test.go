@@ -135,3 +135,17 @@ func TestBench(t *testing.T) {
 		t.Error("no chain-60")
 	}
 }
+
+// TestWhereTimeGoes: the page says of each scenario where its time goes.
+func TestWhereTimeGoes(t *testing.T) {
+	for _, name := range names() {
+		if whereTimeGoes[name] == "" {
+			t.Errorf("scenario %s: nothing says where its time goes", name)
+		}
+	}
+	for name := range whereTimeGoes {
+		if !slices.Contains(names(), name) {
+			t.Errorf("%s is no scenario", name)
+		}
+	}
+}

@@ -151,9 +151,7 @@ func (r *result) table() string {
 	if p := r.find(r.planted); p != nil {
 		fmt.Fprintf(&w, " The planted slowdown shows as %s a step (fastest runs).", seconds(r.seenPlant(p)))
 	}
-	if s.rest != "" {
-		fmt.Fprintf(&w, "\n\nWhere the time goes: %s", s.rest)
-	}
+	fmt.Fprintf(&w, "\n\nWhere the time goes: %s", whereTimeGoes[s.name])
 	w.WriteString("\n")
 	return w.String()
 }

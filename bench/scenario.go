@@ -12,8 +12,6 @@ type scenario struct {
 	name string
 	// about says what is measured; it is printed above the table.
 	about string
-	// rest says where the time goes that slipway takes, from a profile, and what it would take to remove it.
-	rest string
 	// floorAbout says what the floor does.
 	floorAbout string
 	// goal is how many times faster than BuildKit DESIGN.md wants us; 0 is no such goal.
