@@ -93,6 +93,9 @@ type kid struct {
 
 // run scans the root and returns its tree, and whether it makes another layer than old.
 func (s *scan) run(ctx context.Context, old *tree, others []*tree) (_ *tree, changed bool, err error) {
+	if ctx.Err() != nil { // a small directory could be done before anybody looks
+		return nil, false, context.Cause(ctx)
+	}
 	s.started = s.now()
 	s.ready = sync.NewCond(&s.mu)
 	top := &directory{old: old, others: others}
