@@ -69,7 +69,7 @@ func parseFlags(args []string) (options, error) {
 	f.StringVar(&o.slipway, "slipway", "bin/slipway", "the `program` to measure")
 	f.DurationVar(&o.plant, "plant", 0, "measure slipway a second time with steps that take this much `longer`, in scenarios that have steps: the bench must see it")
 	f.DurationVar(&o.settle, "settle", 200*time.Millisecond, "how long to wait after each call: what daemons do in that `time` counts as processor time")
-	f.DurationVar(&o.slow, "slow", 20*time.Second, "a peer is not measured any more when its runs took longer than this `time` together")
+	f.DurationVar(&o.slow, "slow", 20*time.Second, "a peer is not measured any more when its runs took longer than this `time` together, and left out (but BuildKit) when its warm-up did")
 	f.BoolVar(&o.build, "build-peers", false, "build buildctl and buildkitd of the version in go.mod when they are not on PATH")
 	f.Int64Var(&o.mixedMB, "mixed-mb", 1000, "size of the content of the export and push scenarios in `MB`")
 	f.BoolVar(&o.keep, "keep", false, "leave the scratch directory")

@@ -53,8 +53,10 @@ type measured struct {
 	Version string   `json:"version"`
 	Samples []sample `json:"samples"`
 	// Slow says that the runs took longer than -slow together, so that there are fewer samples, and no peak of memory.
-	Slow  bool `json:"slow,omitempty"`
-	spent time.Duration
+	Slow bool `json:"slow,omitempty"`
+	// WarmUp is how long the warm-up took of a peer that is left out for that, so that there are no samples; else 0.
+	WarmUp time.Duration `json:"warm_up_ns,omitempty"`
+	spent  time.Duration
 	// PeakMemory is the largest sum of the memory of all processes (PSS: shared pages count once), in bytes, sampled in one
 	// more run that was not timed.
 	PeakMemory int64 `json:"peak_memory_bytes"`
@@ -180,7 +182,7 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 		for k := range all {
 			i := (k + n + 1) % len(all)
 			c, m := all[i], r.Contestants[i]
-			if n == b.runs && c.name == floorName || n > 0 && m.Slow {
+			if n == b.runs && c.name == floorName || n > 0 && m.Slow || m.WarmUp > 0 {
 				continue
 			}
 			sample, peak, err := b.once(ctx, c, n == b.runs)
@@ -195,6 +197,8 @@ func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error)
 				m.Output = info.Size()
 			}
 			switch {
+			case n < 0 && sample.Wall > b.slow && i > 0 && c.name != "buildkit" && c.name != floorName:
+				m.WarmUp = sample.Wall
 			case n == b.runs:
 				m.PeakMemory = peak
 			case n >= 0:
@@ -277,8 +281,21 @@ func (b *bench) moveAway(dir string) error {
 		return err
 	}
 	b.moved++
-	return os.Rename(dir, filepath.Join(old, fmt.Sprint(b.moved)))
+	if err := os.Rename(dir, filepath.Join(old, fmt.Sprint(b.moved))); err != nil {
+		return err
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(old, &fs); err != nil {
+		return err
+	}
+	if int64(fs.Bavail)*fs.Bsize < keepFree { // a slow disk is better than a full one
+		return removeAll(old)
+	}
+	return nil
 }
+
+// keepFree is how much of the disk stays free, in bytes: what was moved away is deleted before.
+const keepFree = 25 << 30
 
 // removeAll deletes the scratch directory, which must have no mounts in it any more: nothing outside of it may be deleted.
 func removeAll(dir string) error {

@@ -99,6 +99,9 @@ func (r *result) table() string {
 	}
 	w.WriteString("---|---|---|---|---|---|\n")
 	for _, m := range r.Contestants {
+		if m.WarmUp > 0 {
+			continue
+		}
 		times := m.quantities(wall)
 		fmt.Fprintf(&w, "| %s | %s | %s | %s |", m.Name, seconds(times[0]), seconds(median(times)), seconds(times[len(times)-1]))
 		if s.steps > 0 {
@@ -122,7 +125,10 @@ func (r *result) table() string {
 	}
 	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after.", len(ours.Samples), r.load, r.loadAfter)
 	for _, m := range r.Contestants {
-		if m.Slow {
+		switch {
+		case m.WarmUp > 0:
+			fmt.Fprintf(&w, " %s is left out: its warm-up took %s.", m.Name, seconds(m.WarmUp.Seconds()))
+		case m.Slow:
 			fmt.Fprintf(&w, " %s: %d, it is slow here.", m.Name, len(m.Samples))
 		}
 	}

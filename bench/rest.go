@@ -23,7 +23,7 @@ in a dozen cgroup hierarchies, and the first process's Go runtime. Starting with
 	"concurrent-8":        `as in noop-small, for each client: their starts share the processors.`,
 	"export-plain":        `the kernel's copy of the layer's tar to the archive, and the write of the layer before it.`,
 	"export-gzip":         `the compressor (kgzip's blocks on all processors), more than nine tenths.`,
-	"export-zstd":         `zstd.Encoder.EncodeAll 87 %. BuildKit has the same encoder and overlaps two threads, so that two processors gain less than a factor of two.`,
+	"export-zstd":         `zstd.Encoder.EncodeAll 87 %. BuildKit has the same encoder in one stream of two overlapping threads; more processors widen the gap.`,
 	"export-again":        `the kernel's copy of the compressed blob to the archive.`,
 	"push-1GB":            `the bytes of the compressed layer on their way, and the registry's writes. Each is hashed once while it is sent.`,
 	"push-pipelined":      `the last step. What follows it is the config, the manifest and the tag.`,
