@@ -341,7 +341,7 @@ func (n *Network) Close() error {
 // Gateway is the host's address on the bridge.
 func (n *Network) Gateway() netip.Addr { return n.gateway }
 
-// Host is the address by which containers reach this host: the bridge's.
+// Host is the address by which containers reach this host: the gateway's (an ordinary user's network has another).
 func (n *Network) Host() netip.Addr { return n.gateway }
 
 // Publish listens on the host's ports and forwards to the container at ip; see the function Publish.
