@@ -26,7 +26,7 @@ A layer that several results share is counted once. A size with a star is also a
 Filters are those of buildctl: type==exec.cachemount, description~=RUN, inuse, mutable, shared, private, id==…`,
 		Args: args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			print, err := a.formatter(format)
+			print, err := a.formatter(format, nil)
 			if err != nil {
 				return err
 			}
@@ -43,12 +43,7 @@ Filters are those of buildctl: type==exec.cachemount, description~=RUN, inuse, m
 				return err
 			}
 			if print != nil {
-				for _, u := range list {
-					if err := print(u); err != nil {
-						return err
-					}
-				}
-				return nil
+				return printAll(print, list)
 			}
 			if verbose {
 				return a.printUsageVerbose(list)

@@ -25,7 +25,7 @@ With --max-used-space or --min-free-space only as much as that needs; otherwise 
 layers stay ('slipway rmi' removes them). Without --all, so do results that are also images'.`,
 		Args: args(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			print, err := a.formatter(format)
+			print, err := a.formatter(format, nil)
 			if err != nil {
 				return err
 			}
@@ -83,20 +83,16 @@ func prune(cmd *cobra.Command, client *bkclient.Client, opts []bkclient.PruneOpt
 	return <-collected, err
 }
 
-func (a *app) printPruned(list []*bkclient.UsageInfo, print func(value any, others ...any) error, verbose bool) error {
+func (a *app) printPruned(list []*bkclient.UsageInfo, format *formatter, verbose bool) error {
+	if format != nil {
+		return printAll(format, list)
+	}
 	var total int64
 	for _, u := range list {
 		total += u.Size
-		if print != nil {
-			if err := print(u); err != nil {
-				return err
-			}
-		}
 	}
 	var err error
 	switch {
-	case print != nil:
-		return nil
 	case verbose:
 		err = a.printUsageVerbose(list)
 	case len(list) > 0:

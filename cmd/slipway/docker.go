@@ -88,40 +88,6 @@ func (a *app) printJSON(v any) error {
 	return enc.Encode(v)
 }
 
-// formatter prints values as --format asks for: one JSON document a line, or a Go template as docker has them. nil
-// means that the command's own form is wanted. A template is tried on other forms of the value when it does not fit the first.
-func (a *app) formatter(format string) (func(value any, others ...any) error, error) {
-	switch {
-	case format == "" || format == "table":
-		return nil, nil
-	case format == "json":
-		return func(value any, _ ...any) error { return a.printJSON(value) }, nil
-	case strings.HasPrefix(format, "table "):
-		return nil, fmt.Errorf("--format %q: not supported yet: a table of one's own columns (use the template alone)", format)
-	}
-	tmpl, err := template.New("").Funcs(templateFuncs).Option("missingkey=error").Parse(format)
-	if err != nil {
-		return nil, fmt.Errorf("--format %q: %w (use json or a Go template)", format, err)
-	}
-	return func(value any, others ...any) error {
-		var out bytes.Buffer
-		err := tmpl.Execute(&out, value)
-		for _, other := range others {
-			if err == nil {
-				break
-			}
-			out.Reset()
-			err = tmpl.Execute(&out, other)
-		}
-		if err != nil {
-			return fmt.Errorf("--format %q: %w", format, err)
-		}
-		out.WriteByte('\n')
-		_, err = out.WriteTo(a.out)
-		return err
-	}, nil
-}
-
 // templateFuncs are docker's functions for templates.
 var templateFuncs = template.FuncMap{
 	"json": func(v any) (string, error) {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"time"
 
@@ -20,15 +21,21 @@ type historyRow struct {
 	Size         string
 }
 
+// historyColumns are docker's headings.
+var historyColumns = map[string]string{
+	"Comment": "COMMENT", "CreatedAt": "CREATED AT", "CreatedBy": "CREATED BY", "CreatedSince": "CREATED", "ID": "IMAGE", "Size": "SIZE",
+}
+
 func newHistoryCommand(a *app) *cobra.Command {
-	var format string
+	var template string
 	var noTrunc, quiet bool
 	cmd := &cobra.Command{
-		Use:   "history [OPTIONS] IMAGE",
-		Short: "Show the steps that made an image",
-		Args:  args(1, 1),
+		Use:               "history [OPTIONS] IMAGE",
+		Short:             "Show the steps that made an image",
+		Args:              args(1, 1),
+		ValidArgsFunction: a.offering(1, imageNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			print, err := a.formatter(format)
+			format, err := a.formatter(template, historyColumns)
 			if err != nil {
 				return err
 			}
@@ -62,26 +69,21 @@ func newHistoryCommand(a *app) *cobra.Command {
 			}
 			switch {
 			case quiet:
-				print = func(v any, _ ...any) error {
-					_, err := a.out.Write([]byte(v.(historyRow).ID + "\n"))
-					return err
+				for _, r := range rows {
+					fmt.Fprintln(a.out, r.ID)
 				}
-			case print == nil:
+				return nil
+			case format == nil:
 				return a.table("IMAGE\tCREATED\tCREATED BY\tSIZE\tCOMMENT", func(line func(...string)) {
 					for _, r := range rows {
 						line(r.ID, r.CreatedSince, r.CreatedBy, r.Size, r.Comment)
 					}
 				})
 			}
-			for _, row := range rows {
-				if err := print(row); err != nil {
-					return err
-				}
-			}
-			return nil
+			return printAll(format, rows)
 		},
 	}
-	cmd.Flags().StringVar(&format, "format", "", "json (one document a line), table, or a Go template")
+	cmd.Flags().StringVar(&template, "format", "", "json (one document a line), a Go template, or table and a template of columns")
 	cmd.Flags().BoolVar(&noTrunc, "no-trunc", false, "do not shorten IDs and commands")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only IDs")
 	return cmd

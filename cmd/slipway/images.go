@@ -29,16 +29,22 @@ type imageRow struct {
 	VirtualSize  string
 }
 
+// imageColumns are docker's headings.
+var imageColumns = map[string]string{
+	"Containers": "CONTAINERS", "CreatedAt": "CREATED AT", "CreatedSince": "CREATED", "Digest": "DIGEST", "ID": "IMAGE ID", "Repository": "REPOSITORY",
+	"SharedSize": "SHARED SIZE", "Size": "SIZE", "Tag": "TAG", "UniqueSize": "UNIQUE SIZE", "VirtualSize": "VIRTUAL SIZE",
+}
+
 func newImagesCommand(a *app) *cobra.Command {
 	var all, quiet, noTrunc, digests bool
-	var format string
+	var template string
 	var filters []string
 	cmd := &cobra.Command{
 		Use:   "images [OPTIONS] [REPOSITORY[:TAG]]",
 		Short: "List the images of the local store",
 		Args:  args(0, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			print, err := a.formatter(format)
+			format, err := a.formatter(template, imageColumns)
 			if err != nil {
 				return err
 			}
@@ -71,13 +77,8 @@ func newImagesCommand(a *app) *cobra.Command {
 			for _, img := range list.Items {
 				rows = append(rows, imageRows(img, noTrunc, time.Now())...)
 			}
-			if print != nil {
-				for _, row := range rows {
-					if err := print(row); err != nil {
-						return err
-					}
-				}
-				return nil
+			if format != nil {
+				return printAll(format, rows)
 			}
 			header := "REPOSITORY\tTAG\tIMAGE ID\tCREATED\tSIZE"
 			if digests {
@@ -99,7 +100,7 @@ func newImagesCommand(a *app) *cobra.Command {
 	flags.BoolVarP(&quiet, "quiet", "q", false, "print only IDs")
 	flags.BoolVar(&noTrunc, "no-trunc", false, "do not shorten IDs")
 	flags.BoolVar(&digests, "digests", false, "show digests")
-	flags.StringVar(&format, "format", "", "json (one document a line), table, or a Go template")
+	flags.StringVar(&template, "format", "", "json (one document a line), a Go template, or table and a template of columns")
 	flags.StringArrayVarP(&filters, "filter", "f", nil, "show only what matches: dangling=, label=, reference=, before=, since=, until=")
 	return cmd
 }

@@ -16,16 +16,17 @@ import (
 func newInspectCommand(a *app) *cobra.Command {
 	var format, kind string
 	cmd := &cobra.Command{
-		Use:   "inspect [OPTIONS] NAME|ID...",
-		Short: "Show everything about containers and images, as JSON",
-		Args:  args(1, -1),
+		Use:               "inspect [OPTIONS] NAME|ID...",
+		Short:             "Show everything about containers and images, as JSON",
+		Args:              args(1, -1),
+		ValidArgsFunction: a.offering(-1, imagesAndContainers),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch kind {
 			case "", "image", "container":
 			default:
 				return &usageError{fmt.Errorf("--type %q: want image or container", kind), cmd.CommandPath()}
 			}
-			print, err := a.formatter(format)
+			print, err := a.formatter(format, nil)
 			if err != nil {
 				return err
 			}
@@ -64,7 +65,7 @@ func newInspectCommand(a *app) *cobra.Command {
 				if format == "json" {
 					values = []any{v}
 				}
-				if err := print(values[0], values[1:]...); err != nil {
+				if err := print.print(values[0], values[1:]...); err != nil {
 					return err
 				}
 			}

@@ -34,16 +34,23 @@ type containerRow struct {
 	Status       string
 }
 
+// containerColumns are docker's headings.
+var containerColumns = map[string]string{
+	"Command": "COMMAND", "CreatedAt": "CREATED AT", "ID": "CONTAINER ID", "Image": "IMAGE", "Labels": "LABELS", "LocalVolumes": "LOCAL VOLUMES",
+	"Mounts": "MOUNTS", "Names": "NAMES", "Networks": "NETWORKS", "Ports": "PORTS", "RunningFor": "CREATED", "Size": "SIZE", "State": "STATE",
+	"Status": "STATUS",
+}
+
 func newPsCommand(a *app) *cobra.Command {
 	var all, quiet, noTrunc bool
-	var format string
+	var template string
 	var filters []string
 	cmd := &cobra.Command{
 		Use:   "ps [OPTIONS]",
 		Short: "List containers",
 		Args:  args(0, 0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			print, err := a.formatter(format)
+			format, err := a.formatter(template, containerColumns)
 			if err != nil {
 				return err
 			}
@@ -69,13 +76,12 @@ func newPsCommand(a *app) *cobra.Command {
 				}
 				return nil
 			}
-			if print != nil {
+			if format != nil {
+				var rows []containerRow
 				for _, c := range list.Items {
-					if err := print(newContainerRow(c, noTrunc, time.Now())); err != nil {
-						return err
-					}
+					rows = append(rows, newContainerRow(c, noTrunc, time.Now()))
 				}
-				return nil
+				return printAll(format, rows)
 			}
 			return a.table("CONTAINER ID\tIMAGE\tCOMMAND\tCREATED\tSTATUS\tPORTS\tNAMES", func(line func(...string)) {
 				for _, c := range list.Items {
@@ -89,7 +95,7 @@ func newPsCommand(a *app) *cobra.Command {
 	flags.BoolVarP(&all, "all", "a", false, "show stopped containers too")
 	flags.BoolVarP(&quiet, "quiet", "q", false, "print only IDs")
 	flags.BoolVar(&noTrunc, "no-trunc", false, "do not shorten")
-	flags.StringVar(&format, "format", "", "json (one document a line), table, or a Go template")
+	flags.StringVar(&template, "format", "", "json (one document a line), a Go template, or table and a template of columns")
 	flags.StringArrayVarP(&filters, "filter", "f", nil, "show only what matches: id=, name=, status=, label=, exited=, ancestor=, before=, since=")
 	return cmd
 }

@@ -14,9 +14,10 @@ import (
 func newPushCommand(a *app) *cobra.Command {
 	var quiet bool
 	cmd := &cobra.Command{
-		Use:   "push [OPTIONS] NAME[:TAG]",
-		Short: "Send an image to its registry",
-		Args:  args(1, 1),
+		Use:               "push [OPTIONS] NAME[:TAG]",
+		Short:             "Send an image to its registry",
+		Args:              args(1, 1),
+		ValidArgsFunction: a.offering(1, imageNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			named, err := reference.ParseNormalizedNamed(args[0])

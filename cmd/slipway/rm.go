@@ -12,9 +12,10 @@ import (
 func newRmCommand(a *app) *cobra.Command {
 	var force, volumes bool
 	cmd := &cobra.Command{
-		Use:   "rm [OPTIONS] CONTAINER...",
-		Short: "Remove containers",
-		Args:  args(1, -1),
+		Use:               "rm [OPTIONS] CONTAINER...",
+		Short:             "Remove containers",
+		Args:              args(1, -1),
+		ValidArgsFunction: a.offering(-1, containerNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cli, err := a.docker(cmd.Context())
 			if err != nil {

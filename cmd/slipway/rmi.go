@@ -12,9 +12,10 @@ import (
 func newRmiCommand(a *app) *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
-		Use:   "rmi [OPTIONS] IMAGE...",
-		Short: "Remove names of images, and images with their last name",
-		Args:  args(1, -1),
+		Use:               "rmi [OPTIONS] IMAGE...",
+		Short:             "Remove names of images, and images with their last name",
+		Args:              args(1, -1),
+		ValidArgsFunction: a.offering(-1, imageNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cli, err := a.docker(cmd.Context())
 			if err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/status"
 
+	"github.com/seed-68981b69/slipway/engine"
 	"github.com/seed-68981b69/slipway/executor/userns"
 )
 
@@ -54,6 +55,7 @@ func commands() []command {
 		{"logout", newLogoutCommand},
 		{"cache", newCacheCommand},
 		{"info", newInfoCommand},
+		{"version", newVersionCommand},
 		{"daemon", newDaemonCommand},
 	}
 }
@@ -174,16 +176,22 @@ func (a *app) command(args []string) *cobra.Command {
 		Short:         "Build, distribute and run container images",
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Version:       engine.Version,
 		Args:          cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return &usageError{fmt.Errorf("unknown command %q", args[0]), "slipway"}
+				err := fmt.Errorf("unknown command %q", args[0])
+				if like := cmd.SuggestionsFor(args[0]); len(like) > 0 {
+					err = fmt.Errorf("%w: did you mean %s?", err, strings.Join(like, " or "))
+				}
+				return &usageError{err, "slipway"}
 			}
 			return cmd.Help()
 		},
 		PersistentPreRunE: func(*cobra.Command, []string) error { return a.settle() },
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
+	root.SetVersionTemplate("slipway {{.Version}}\n")
+	root.SuggestionsMinimumDistance = 2
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.root, "root", os.Getenv("SLIPWAY_ROOT"), "state directory [$SLIPWAY_ROOT]")
 	flags.StringVar(&a.host, "host", os.Getenv("SLIPWAY_HOST"), "address of the engine, unix://PATH or tcp://HOST:PORT [$SLIPWAY_HOST]")

@@ -63,8 +63,9 @@ const exitRunFailed = 125
 func newRunCommand(a *app) *cobra.Command {
 	o := &runOptions{ulimits: opts.NewUlimitOpt(nil)}
 	cmd := &cobra.Command{
-		Use:   "run [OPTIONS] IMAGE [COMMAND] [ARG...]\n  slipway run [OPTIONS] --build DIR [--] [COMMAND] [ARG...]",
-		Short: "Run a command in a new container and wait for its end",
+		Use:               "run [OPTIONS] IMAGE [COMMAND] [ARG...]\n  slipway run [OPTIONS] --build DIR [--] [COMMAND] [ARG...]",
+		ValidArgsFunction: a.offering(1, imageNames),
+		Short:             "Run a command in a new container and wait for its end",
 		Long: `Run a command in a new container and wait for its end. With --build the container is made of what a Dockerfile builds, without an
 image in between: nothing is packed or named.
 

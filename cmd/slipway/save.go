@@ -19,9 +19,10 @@ import (
 func newSaveCommand(a *app) *cobra.Command {
 	var output, platform string
 	cmd := &cobra.Command{
-		Use:   "save [flags] IMAGE…",
-		Short: "Write images to an archive, which docker, podman and others load",
-		Args:  args(1, -1),
+		Use:               "save [flags] IMAGE…",
+		Short:             "Write images to an archive, which docker, podman and others load",
+		Args:              args(1, -1),
+		ValidArgsFunction: a.offering(-1, imageNames),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			ctx := cmd.Context()
 			var options []mobyclient.ImageSaveOption

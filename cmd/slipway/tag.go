@@ -9,9 +9,10 @@ import (
 
 func newTagCommand(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:   "tag SOURCE[:TAG] TARGET[:TAG]",
-		Short: "Give an image one more name",
-		Args:  args(2, 2),
+		Use:               "tag SOURCE[:TAG] TARGET[:TAG]",
+		Short:             "Give an image one more name",
+		Args:              args(2, 2),
+		ValidArgsFunction: a.offering(1, imageNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cli, err := a.docker(cmd.Context())
 			if err != nil {
