@@ -429,6 +429,7 @@ type step struct {
 	made    []stepOutput
 	undo    []func() error // last first
 	secrets string         // directory of the tmpfs with secrets, "" when there is none
+	hidden  []hidden       // what its output must not have
 	ca      *stepCA        // what it trusts besides the authorities of its root; may be nil
 	// sources are the directories on this host behind the bind and cache mounts, by index of the mount.
 	sources map[int]string
@@ -772,10 +773,9 @@ func (s *step) run(ctx context.Context, spec executor.Spec) error {
 	for _, name := range s.op.missing {
 		s.env.Progress.Warn(fmt.Sprintf("the optional device %q is not here, and left out: no CDI device of that name is registered with the engine", name))
 	}
-	proc, err := deps.Executor.Start(ctx, spec, executor.IO{
-		Stdout: logWriter{s.env.Progress, 1},
-		Stderr: logWriter{s.env.Progress, 2},
-	})
+	stdout, flushStdout := s.stream(1)
+	stderr, flushStderr := s.stream(2)
+	proc, err := deps.Executor.Start(ctx, spec, executor.IO{Stdout: stdout, Stderr: stderr})
 	if start, ok := errors.AsType[*executor.StartError](err); ok && ctx.Err() == nil {
 		return &ExitError{Args: spec.Args, Code: start.Code, Err: start}
 	}
@@ -783,6 +783,8 @@ func (s *step) run(ctx context.Context, spec executor.Spec) error {
 		return s.canceled(ctx, fmt.Errorf("start container: %w", err))
 	}
 	exit, err := proc.Wait()
+	flushStdout()
+	flushStderr()
 	if start, ok := errors.AsType[*executor.StartError](err); ok && ctx.Err() == nil {
 		return &ExitError{Args: spec.Args, Code: start.Code, Err: start}
 	}

@@ -65,6 +65,7 @@ func (s *step) secret(ctx context.Context, id string, optional bool) (value []by
 	}
 	switch {
 	case err == nil:
+		s.hide(id, value)
 		return value, true, nil
 	case !errors.Is(err, solver.ErrNotFound):
 		return nil, false, fmt.Errorf("secret %s: %w", id, err)
