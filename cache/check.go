@@ -332,7 +332,7 @@ func (c *checker) sources(ctx context.Context) error {
 // missing returns the first layer of snap that is not there or not good.
 func (c *checker) missing(ctx context.Context, snap snapshot.Snapshot) (layer.ID, bool) {
 	for _, id := range snap {
-		if _, err := c.s.Layers.Stat(ctx, id); err != nil || c.broken[id] {
+		if _, err := c.s.Layers.Stat(ctx, id); errors.Is(err, layer.ErrNotFound) || c.broken[id] {
 			return id, true
 		}
 	}

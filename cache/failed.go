@@ -34,6 +34,9 @@ const (
 // ErrNoFailedStep is wrapped by errors about a failed step whose files are not kept, any more or at all.
 var ErrNoFailedStep = errors.New("the files of this failed step are not kept")
 
+// errDamagedStep is wrapped by errors about a failed step whose file says nothing.
+var errDamagedStep = errors.New("its file is damaged")
+
 // FailedStep is what a step has left that failed: what one can look at afterwards, never a result. No key leads to it. It is a
 // file of its own in the store, not a value of the database, so that it is gone when it is deleted.
 type FailedStep struct {
@@ -153,7 +156,10 @@ func (s *Store) failedSteps() ([]*FailedStep, error) {
 		switch f, err := s.readFailed(id); {
 		case err == nil:
 			list = append(list, f)
-		case !errors.Is(err, ErrNoFailedStep):
+		case errors.Is(err, ErrNoFailedStep):
+		case !errors.Is(err, errDamagedStep):
+			return nil, err // its layers must not be taken for nobody's
+		default:
 			slog.Warn("a failed step is forgotten", "error", err)
 			_ = os.Remove(filepath.Join(s.path(failedDir), e.Name()))
 		}
@@ -170,15 +176,15 @@ func (s *Store) readFailed(id string) (*FailedStep, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("failed step %s: %w", id, ErrNoFailedStep)
 	}
-	f := &FailedStep{}
-	if err == nil {
-		err = json.Unmarshal(data, f)
-	}
-	if err == nil && f.ID != id {
-		err = fmt.Errorf("it calls itself %q", f.ID)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("failed step %s: %w", id, err)
+	}
+	f := &FailedStep{}
+	if err := json.Unmarshal(data, f); err != nil {
+		return nil, fmt.Errorf("failed step %s: %w: %w", id, errDamagedStep, err)
+	}
+	if f.ID != id {
+		return nil, fmt.Errorf("failed step %s: %w: it calls itself %q", id, errDamagedStep, f.ID)
 	}
 	return f, nil
 }

@@ -4,6 +4,7 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -452,5 +453,55 @@ func TestPruneBounds(t *testing.T) {
 		if n != keep {
 			t.Errorf("bucket %s has %d values after a sweep, not %d", bucket, n, keep)
 		}
+	}
+}
+
+// TestUnreadableIsNotGone: while a layer, a manifest or the note of a failed step cannot be read, though nothing is wrong with it,
+// a sweep deletes nothing: neither that nor what would seem to be nobody's without it.
+func TestUnreadableIsNotGone(t *testing.T) {
+	dir := t.TempDir()
+	ctx := t.Context()
+	s := open(t, dir)
+	base, kept, nobodys := s.unpack(t, "base"), s.unpack(t, "kept"), s.unpack(t, "nobody's")
+	packed := s.blob(t, "application/vnd.oci.image.layer.v1.tar+gzip", "packed, of a platform of which there are no layers")
+	s.image(t, "app", snapshot.Snapshot{base}, packed)
+	img, err := s.Images.Get(ctx, "app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.KeepFailed(ctx, &FailedStep{Name: "failed", Mounts: []snapshot.Snapshot{{kept}}}); err != nil {
+		t.Fatal(err)
+	}
+	failed, err := s.FailedSteps()
+	if err != nil || len(failed) != 1 {
+		t.Fatalf("failed steps: %v, %v", failed, err)
+	}
+	manifest := img.Manifests[0].Target.Digest
+	for _, path := range []string{
+		filepath.Join(dir, "layers", string(base), "info.json"),
+		filepath.Join(s.Blobs.Dir(), "blobs", "sha256", manifest.Encoded()),
+		s.failedPath(failed[0].ID),
+	} {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = open(t, dir)
+		// To read a directory is an error that says nothing about the file.
+		if err := errors.Join(os.Rename(path, path+".aside"), os.Mkdir(path, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if swept, err := s.Sweep(ctx); err == nil || len(swept.Layers)+len(swept.Blobs) > 0 {
+			t.Errorf("with %s unreadable: %+v, %v", path, swept, err)
+		}
+		if err := errors.Join(os.Remove(path), os.Rename(path+".aside", path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if swept, err := s.Sweep(ctx); err != nil || !slices.Equal(swept.Layers, []layer.ID{nobodys}) || len(swept.Blobs) > 0 {
+		t.Errorf("when all can be read: %+v, %v", swept, err)
+	}
+	snap, ok, err := s.Images.Layers(ctx, manifest)
+	if err != nil || !ok || !slices.Equal(snap, snapshot.Snapshot{base}) || !s.has(t, base) || !s.has(t, kept) || !s.Blobs.Has(packed.Digest) {
+		t.Errorf("the image has %v, %v, %v", snap, ok, err)
 	}
 }

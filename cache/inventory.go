@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -22,6 +23,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/seed-68981b69/slipway/cache/blob"
 	"github.com/seed-68981b69/slipway/cache/image"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
@@ -153,7 +155,11 @@ func (st *stocktaking) takeImages(ctx context.Context) error {
 		u.blobs = st.find(m.Target.Digest)
 		for _, man := range m.Manifests {
 			u.blobs = append(u.blobs, st.find(man.Target.Digest, man.Config)...)
-			u.blobs = append(u.blobs, st.find(st.s.manifestLayers(man.Target.Digest)...)...)
+			layers, err := st.s.manifestLayers(man.Target.Digest)
+			if err != nil {
+				return err
+			}
+			u.blobs = append(u.blobs, st.find(layers...)...)
 			snap, _, err := st.s.Images.Layers(ctx, man.Target.Digest)
 			if err != nil {
 				return err
@@ -442,21 +448,25 @@ func (t *stackTree) look(stack []int) (used time.Time, below int) {
 	return t.nodes[node].used, below
 }
 
-// manifestLayers returns the layers that a manifest lists. An unreadable one lists nothing.
-func (s *Store) manifestLayers(d digest.Digest) []digest.Digest {
+// manifestLayers returns the layers that a manifest lists. One that is missing or damaged lists nothing; an error says that it
+// cannot be read now.
+func (s *Store) manifestLayers(d digest.Digest) ([]digest.Digest, error) {
 	raw, err := s.Blobs.ReadAll(d)
-	if err != nil {
-		return nil
+	switch {
+	case errors.Is(err, blob.ErrNotFound), errors.Is(err, blob.ErrDigest), errors.Is(err, blob.ErrSize):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("manifest of an image: %w", err)
 	}
 	var man ocispec.Manifest
 	if err := json.Unmarshal(raw, &man); err != nil {
-		return nil
+		return nil, nil
 	}
 	var ds []digest.Digest
 	for _, l := range man.Layers {
 		ds = append(ds, l.Digest)
 	}
-	return ds
+	return ds, nil
 }
 
 var digestPattern = sync.OnceValue(func() *regexp.Regexp {

@@ -328,7 +328,7 @@ func (s *Store) RemoveBroken(ctx context.Context) (int, error) {
 		if err := context.Cause(ctx); err != nil {
 			return n, err
 		}
-		if _, err := s.load(id); err == nil || s.isIndexing(id) {
+		if _, err := s.load(id); err == nil || !isGone(err) || s.isIndexing(id) {
 			continue
 		}
 		removed, err := s.removeBroken(id)

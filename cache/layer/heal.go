@@ -18,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -92,11 +93,24 @@ func otherVersion(b []byte) bool {
 	return ok && len(theirs) <= len(kind)+8 && bytes.HasPrefix(theirs, []byte(kind)) && !bytes.Equal(ours, theirs)
 }
 
+// passing are the errors of reading that say nothing about what is on the disk, wherever they come in a chain of errors.
+var passing = []error{
+	unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.EINTR, unix.EAGAIN, unix.EBUSY, unix.EACCES, unix.EPERM,
+	unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.ESTALE, unix.ETIMEDOUT,
+}
+
 // isDamage says that an error is about what is on the disk, not about reading it: then reading it again is of no use.
 func isDamage(err error) bool {
+	if slices.ContainsFunc(passing, func(e error) bool { return errors.Is(err, e) }) {
+		return false
+	}
 	var path *os.PathError
 	return !errors.As(err, &path) || errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.EIO)
 }
+
+// isGone says of an error of load that there is no such layer for sure. One that the disk fails to read (EIO) counts as missing
+// for whoever wants to use it, but it may be read again tomorrow: nothing is deleted because of that.
+func isGone(err error) bool { return errors.Is(err, ErrNotFound) && !errors.Is(err, unix.EIO) }
 
 // remakeIndex makes the index of a layer from its tar and from what shows its files.
 func (s *Store) remakeIndex(ctx context.Context, m *meta) (*index.Index, error) {
@@ -133,7 +147,11 @@ func (s *Store) remakeIndex(ctx context.Context, m *meta) (*index.Index, error) 
 // there is none of them.
 func (s *Store) shown(ctx context.Context, m *meta) (*index.Index, error) {
 	if m.Tree {
-		return scanIndex(ctx, s.path(m.ID, treeDir))
+		x, err := scanIndex(ctx, s.path(m.ID, treeDir))
+		if err != nil || !m.MoreDirs {
+			return x, err
+		}
+		return s.withoutMoreDirs(m.ID, x)
 	}
 	if _, err := os.Lstat(s.path(m.ID, extractedDir)); err == nil {
 		return scanIndex(ctx, s.path(m.ID, extractedDir))
@@ -147,6 +165,36 @@ func (s *Store) shown(ctx context.Context, m *meta) (*index.Index, error) {
 	}
 	defer unix.Close(mnt)
 	return scanIndex(ctx, fmt.Sprintf("/proc/self/fd/%d/.", mnt))
+}
+
+// moreDirsFile has the directories of a tree that its index was made without (meta.MoreDirs): their paths, each with a NUL byte.
+// Nothing but the index would say which they are.
+const moreDirsFile = "more-dirs"
+
+func encodeMoreDirs(x *index.Index, dirs map[int]bool) []byte {
+	var b []byte
+	for i := range x.Len() {
+		if dirs[i] {
+			b = append(append(b, x.Path(i)...), 0)
+		}
+	}
+	return b
+}
+
+// withoutMoreDirs returns x, the index of a whole tree, without the directories that the layer's index does not have. Whether
+// the list is right is for the content digest to say; an older store has none.
+func (s *Store) withoutMoreDirs(id ID, x *index.Index) (*index.Index, error) {
+	list, err := os.ReadFile(s.path(id, moreDirsFile))
+	if err != nil {
+		return nil, err
+	}
+	more := map[int]bool{}
+	for path := range strings.SplitSeq(string(list), "\x00") {
+		if i, ok := x.Pos(path); ok && i > 0 {
+			more[i] = true
+		}
+	}
+	return without(x, more)
 }
 
 // rereadTar is what a tar says when it is read once more.
@@ -282,8 +330,11 @@ func (s *Store) remakeInfo(ctx context.Context, id ID) (*meta, error) {
 		return nil, err
 	}
 	m := &meta{ID: id, Content: x.Digest()}
-	treeErr := checkTree(ctx, s.path(id, treeDir), x, false)
+	_, err = os.Lstat(s.path(id, moreDirsFile))
+	moreDirs := err == nil
+	treeErr := checkTree(ctx, s.path(id, treeDir), x, moreDirs)
 	m.Tree = treeErr == nil
+	m.MoreDirs = m.Tree && moreDirs
 	t, tarErr := s.reread(ctx, id, recalled{shown: x})
 	if tarErr == nil && t.x.Digest() == m.Content && id.fits(t) {
 		m.Tar, m.DiffID, m.TarSize, m.Below = true, t.diffID, t.size, t.answers

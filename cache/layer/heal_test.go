@@ -5,6 +5,7 @@ package layer
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -239,6 +240,27 @@ func TestMountOfQuarantinedLayer(t *testing.T) {
 	again, mnt := unpack()
 	if got, err := os.ReadFile(filepath.Join(mnt, "f")); again != id || string(got) != "content" {
 		t.Errorf("layer %s (was %s) shows %q, %v", again, id, got, err)
+	}
+}
+
+// TestPassingErrorsAreNoDamage: an error that another attempt may not meet costs no layer, wherever it stands in a chain.
+func TestPassingErrorsAreNoDamage(t *testing.T) {
+	missing := &os.PathError{Op: "open", Path: "layer.tar", Err: unix.ENOENT}
+	for _, c := range []struct {
+		err    error
+		damage bool
+	}{
+		{missing, true},
+		{&os.PathError{Op: "read", Path: "index", Err: unix.EIO}, true},
+		{fmt.Errorf("mount erofs: %w", unix.EUCLEAN), true},
+		{errUnproven, true},
+		{&os.PathError{Op: "open", Path: "index", Err: unix.EMFILE}, false},
+		{fmt.Errorf("hash %q: %w", "file", unix.EMFILE), false},
+		{fmt.Errorf("%w: tar: %w; tree: %w", errUnproven, missing, unix.ENFILE), false},
+	} {
+		if got := isDamage(c.err); got != c.damage {
+			t.Errorf("%v: damage is %v", c.err, got)
+		}
 	}
 }
 

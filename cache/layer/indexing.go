@@ -173,6 +173,11 @@ func (s *Store) finish(ctx context.Context, id ID, below Below) error {
 		return err
 	}
 	m := &meta{ID: id, Tree: true, Content: x.Digest(), Size: scan.bytes, MoreDirs: len(gone) > 0}
+	if m.MoreDirs {
+		if err := s.putFile(id, moreDirsFile, encodeMoreDirs(scan.index, gone)); err != nil {
+			return err
+		}
+	}
 	if err := s.putFile(id, indexFile, x.Encode()); err != nil {
 		return err
 	}

@@ -305,7 +305,7 @@ func TestDeleteCancelsIndexing(t *testing.T) {
 }
 
 // TestLargeTreeWithUnchangedDirectories leaves out of the index what a small commit would remove from the tree, which
-// may be mounted by then. Check and Pack agree with that.
+// may be mounted by then. Check, Pack and healing agree with that.
 func TestLargeTreeWithUnchangedDirectories(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: layers below with 0:0 as their owner")
@@ -364,6 +364,21 @@ func TestLargeTreeWithUnchangedDirectories(t *testing.T) {
 	}
 	if err := os.Remove(more); err != nil {
 		t.Fatal(err)
+	}
+	// Without its index, or its info, it is not lost.
+	for _, name := range []string{indexFile, infoFile} {
+		if err := os.Truncate(s.path(id, name), 10); err != nil {
+			t.Fatal(err)
+		}
+		s.indexes.drop(id)
+		s.mu.Lock()
+		delete(s.metas, id)
+		s.mu.Unlock()
+		again, err := s.Index(ctx, id)
+		if err != nil || again.Digest() != x.Digest() {
+			t.Fatalf("after damage to %s: %v, %v", name, again, err)
+		}
+		checkAll(t, s, "after damage to "+name)
 	}
 	if _, err := s.Mount(ctx, id); err != nil { // so that the tree stays when it is packed
 		t.Fatal(err)

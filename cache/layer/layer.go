@@ -15,6 +15,7 @@
 //	<id>/layer.tar    the tar, byte for byte as its diff ID says
 //	<id>/layer.erofs  metadata of the tar form, made from the index
 //	<id>/tree         the directory of the tree form
+//	<id>/more-dirs    which directories of the tree the index was made without
 //	mnt/<id>          where the tar form is mounted
 //	uppers/<random>   upper and work directories of running steps
 //	tmp/<random>      layers being written or deleted; emptied by Open
@@ -308,7 +309,8 @@ func (s *Store) path(id ID, name string) string {
 	return filepath.Join(s.dir, string(id), name)
 }
 
-// Exists reports whether a layer is on disk or held. Unlike Stat it does not count as a use.
+// Exists reports whether a layer is on disk or held. Unlike Stat it does not count as a use. A layer that cannot be read just
+// now exists: whoever asks may be about to forget what names it.
 func (s *Store) Exists(id ID) bool {
 	s.mu.Lock()
 	held := s.held[id] != nil
@@ -317,10 +319,11 @@ func (s *Store) Exists(id ID) bool {
 		return true
 	}
 	_, err := s.load(id)
-	return err == nil
+	return err == nil || !isGone(err)
 }
 
-// load returns what info.json of a layer on disk says. A layer whose info cannot be read does not exist.
+// load returns what info.json of a layer on disk says. A layer whose info is missing or damaged does not exist: the error wraps
+// ErrNotFound. Any other error (too many open files) says that nobody knows; see isGone.
 func (s *Store) load(id ID) (*meta, error) {
 	if !id.valid() {
 		return nil, fmt.Errorf("layer %q: %w", id, ErrNotFound)
@@ -335,9 +338,16 @@ func (s *Store) load(id ID) (*meta, error) {
 	if err != nil && isDamage(err) {
 		m, err = s.healInfo(id, err)
 	}
-	if err != nil {
+	switch {
+	case err == nil:
+	case !isDamage(err):
+		return nil, fmt.Errorf("layer %s: %w", id, err)
+	case errors.Is(err, unix.EIO):
+		s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
+		return nil, fmt.Errorf("layer %s: %w: %w", id, ErrNotFound, err)
+	default:
 		if !errors.Is(err, os.ErrNotExist) {
-			s.log.Warn("layer store: unreadable layer counts as missing", "layer", id, "err", err)
+			s.log.Warn("layer store: damaged layer counts as missing", "layer", id, "err", err)
 		}
 		return nil, fmt.Errorf("layer %s: %w", id, ErrNotFound)
 	}
@@ -523,7 +533,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 }
 
 // Walk calls fn for every layer, held ones included, in no particular order, until fn returns an error. Trees whose index is
-// being made are left out.
+// being made are left out. A layer that cannot be read, though it is not damaged, is an error.
 func (s *Store) Walk(ctx context.Context, fn func(Info) error) error {
 	if err := s.loadAll(); err != nil {
 		return err
@@ -550,6 +560,9 @@ func (s *Store) Walk(ctx context.Context, fn func(Info) error) error {
 	return nil
 }
 
+// errUnread is what the error of loadAll wraps when all layers are known but those that cannot be read just now.
+var errUnread = errors.New("a layer cannot be read now, so that nobody knows what is in use ('slipway cache fsck' says more)")
+
 // loadAll reads the info of every layer on disk once.
 func (s *Store) loadAll() error {
 	s.mu.Lock()
@@ -562,10 +575,16 @@ func (s *Store) loadAll() error {
 	if err != nil {
 		return fmt.Errorf("layer store: %w", err)
 	}
+	var unread error
 	for _, e := range entries {
 		if id := ID(e.Name()); id.valid() {
-			_, _ = s.load(id) // an unreadable one has been logged
+			if _, err := s.load(id); err != nil && !isGone(err) { // a damaged one has been logged
+				unread = err
+			}
 		}
+	}
+	if unread != nil {
+		return fmt.Errorf("layer store: %w: %w", errUnread, unread) // and the next one tries again
 	}
 	s.mu.Lock()
 	s.all = true
@@ -605,6 +624,8 @@ func (s *Store) install(tmp string, m *meta, x *index.Index, durable bool) error
 		if _, merr := s.meta(m.ID); merr == nil {
 			s.removeAll(tmp)
 			return nil
+		} else if !errors.Is(merr, ErrNotFound) {
+			return merr
 		}
 		// What is there is damaged: out of the way with it. Or it is just being deleted, and gone by now.
 		trash := s.tmpName()

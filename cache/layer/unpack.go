@@ -43,7 +43,7 @@ func (s *Store) FindDiffID(ctx context.Context, diffID digest.Digest, below inde
 
 // withDiffID returns the layers, by ID, that are the tar with this diff ID, but for remote ones.
 func (s *Store) withDiffID(diffID digest.Digest) ([]*meta, error) {
-	if err := s.loadAll(); err != nil {
+	if err := s.loadAll(); err != nil && !errors.Is(err, errUnread) {
 		return nil, err
 	}
 	s.mu.Lock()

@@ -2,7 +2,9 @@
 
 // Package http is the source of files at http:// and https:// addresses: ADD https://…. Its pin is the digest of the
 // bytes, so a file is fetched before anything that needs it is looked up. The server is asked first whether the file
-// has changed since the last time; when it has not, and the bytes are still in the blob store, nothing is fetched.
+// has changed since the last time; when it has not, and the bytes are still in the blob store, nothing is fetched. Only an
+// ETag tells: a time of change has whole seconds, and for many servers any earlier one means "not changed", that of an older
+// file put in the place of a newer one too.
 package http
 
 import (
@@ -331,9 +333,9 @@ func (s *source) current(ctx context.Context, env *solver.Env) (*resource, error
 	return r, nil
 }
 
-// key is under which the resource is remembered: what the request depends on.
+// key is under which the resource is remembered: what the request and the file's name depend on.
 func (s *source) key() string {
-	b, _ := json.Marshal([]any{s.url.String(), s.authSecret, s.header, s.filename})
+	b, _ := json.Marshal([]any{s.url.String(), s.authSecret, s.header, s.filename, s.checksum != ""})
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }
@@ -365,13 +367,11 @@ func (s *source) fetch(ctx context.Context, env *solver.Env) (*resource, error) 
 		return nil, err
 	}
 	old := s.remembered()
-	if old != nil && s.checksum == "" {
-		if old.ETag != "" {
-			req.Header.Set("If-None-Match", old.ETag)
-		}
-		if old.LastModified != "" {
-			req.Header.Set("If-Modified-Since", old.LastModified)
-		}
+	if old != nil && (s.checksum != "" || old.ETag == "") {
+		old = nil
+	}
+	if old != nil {
+		req.Header.Set("If-None-Match", old.ETag)
 	}
 	var resp *http.Response
 	if s.uploaded() {

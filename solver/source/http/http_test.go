@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
@@ -51,12 +52,17 @@ type server struct {
 	auth    string // what it wants
 	sent    int
 	seen    http.Header
+	handler http.HandlerFunc // answers instead, if set
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.seen = r.Header.Clone()
+	if s.handler != nil {
+		s.handler(w, r)
+		return
+	}
 	if strings.HasPrefix(r.URL.Path, "/redirect/") {
 		http.Redirect(w, r, "/files/real.txt", http.StatusFound)
 		return
@@ -207,6 +213,32 @@ func TestHTTP(t *testing.T) {
 	f.site.header = http.Header{}
 	f.want("/redirect/x", nil, "x 600 0:0 @0 =changed", 7)
 	f.want("/files/", nil, "files 600 0:0 @0 =changed", 8)
+}
+
+// TestHTTPOlderFile: a file that is replaced by one with an earlier time, as a rollback does, is noticed, also when the
+// server has no ETags and takes every time that is not later for "not changed", as Go's and Python's do.
+func TestHTTPOlderFile(t *testing.T) {
+	f := newFixture(t)
+	times := map[string]time.Time{"new": time.Unix(2e9, 0), "old": time.Unix(1e9, 0), "the same second": time.Unix(1e9, 5e8)}
+	f.site.handler = func(w http.ResponseWriter, r *http.Request) {
+		f.site.sent++
+		http.ServeContent(w, r, "file", times[f.site.content], strings.NewReader(f.site.content))
+	}
+	for i, content := range []string{"new", "old", "the same second"} {
+		f.site.content = content
+		f.want("/files/a", nil, fmt.Sprintf("a 600 0:0 @%d =%s", times[content].Unix(), content), i+1)
+	}
+}
+
+// TestHTTPChecksumFixesName: with a checksum the name is known before the server is asked, and does not change with what it
+// said to others.
+func TestHTTPChecksumFixesName(t *testing.T) {
+	f := newFixture(t)
+	f.site.header.Set("Content-Disposition", `attachment; filename="said"`)
+	f.site.header.Set("ETag", `"v1"`)
+	f.want("/files/a", nil, "said 600 0:0 @0 =hello", 1)
+	f.want("/files/a", map[string]string{pb.AttrHTTPChecksum: digest.FromString("hello").String()}, "a 600 0:0 @0 =hello", 2)
+	f.want("/files/a", nil, "said 600 0:0 @0 =hello", 2)
 }
 
 func TestHTTPChecksum(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -502,6 +503,10 @@ func TestSource(t *testing.T) {
 	}
 	if asked := s.Requests("/manifests/"); len(asked) != 0 {
 		t.Errorf("the second Pin asked %v", asked)
+	}
+	// Nor when so many others run that what it was told is forgotten.
+	for i := range 100 {
+		side.resolver.Registry(env(fmt.Sprint("other ", i)))
 	}
 	out, err := src.Run(ctx, env("b1"), nil)
 	if err != nil || len(out) != 1 {

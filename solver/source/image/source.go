@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -27,6 +28,9 @@ type source struct {
 	mode       string
 	layerLimit int // -1: all
 	checksum   digest.Digest
+
+	mu     sync.Mutex // guards pinned
+	pinned *found     // by the last Pin
 }
 
 func newSource(r *Resolver, p *Puller, v *solver.Vertex) (*source, error) {
@@ -73,6 +77,9 @@ func (s *source) Pin(ctx context.Context, env *solver.Env) (solver.Pin, error) {
 	if err != nil {
 		return solver.Pin{}, err
 	}
+	s.mu.Lock()
+	s.pinned = f
+	s.mu.Unlock()
 	return solver.Pin{
 		Parts:    []record.Part{{Name: "manifest", Value: f.manifest.Digest.String()}},
 		Resolved: f.target.Digest.String(),
@@ -91,11 +98,16 @@ func (s *source) find(ctx context.Context, env *solver.Env) (*found, error) {
 }
 
 // Run implements solver.Op: it pulls what Pin found; if nothing of it will be read, as far as the solver knows, its layers stay in the
-// registry.
+// registry. The name is not looked up again: the result is recorded under what the pin says.
 func (s *source) Run(ctx context.Context, env *solver.Env, _ []snapshot.Snapshot) ([]snapshot.Snapshot, error) {
-	f, err := s.find(ctx, env) // as the build was told when it pinned
-	if err != nil {
-		return nil, err
+	s.mu.Lock()
+	f := s.pinned
+	s.mu.Unlock()
+	if f == nil {
+		var err error
+		if f, err = s.find(ctx, env); err != nil {
+			return nil, err
+		}
 	}
 	snap, err := s.puller.layers(ctx, s.resolver.Registry(env), f, s.layerLimit, env.Unread, env.Progress.Status)
 	if err != nil {

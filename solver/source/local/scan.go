@@ -465,6 +465,17 @@ func (s *scan) sure(st *stat, read time.Time) bool {
 	return max(st.mtime, st.ctime) <= read.Add(-racyMargin).UnixNano()
 }
 
+// writable says that somebody has a file open for writing, or mapped: a mapping's first write to a page changes the file's times, and
+// those that follow do not, until the page has been on disk. So what is read of such a file may be old though its times say
+// nothing. Nobody gets a read lease of it, which is given back at once. Where there are no leases nobody knows.
+func writable(fd int) bool {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
+		return err == unix.EAGAIN
+	}
+	_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
+	return false
+}
+
 // descend has the directories below d scanned. t has their nodes when they are new.
 func (w *worker) descend(d *directory, t *tree) {
 	var tasks []func(*worker) error
@@ -543,6 +554,7 @@ func (w *worker) readFile(path string, n *node) error {
 	before := n.stat
 	for range 3 {
 		now := w.now()
+		sure := w.sure(&before, now) && !writable(fd)
 		d, size, err := w.digest(fd, before.size)
 		if err != nil {
 			return &os.PathError{Op: "read", Path: w.root.abs(path), Err: err}
@@ -559,7 +571,7 @@ func (w *worker) readFile(path string, n *node) error {
 			return &ChangedError{path}
 		}
 		if after == before && size == after.size {
-			n.stat, n.digest, n.sure = after, d, w.sure(&after, now)
+			n.stat, n.digest, n.sure = after, d, sure
 			return nil
 		}
 		before = after

@@ -335,6 +335,42 @@ func TestScanRacy(t *testing.T) {
 	}
 }
 
+// TestScanMapped: a file that is mapped for writing may change though its times do not, so it is read until nobody has it.
+func TestScanMapped(t *testing.T) {
+	dir := t.TempDir()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil || fs.Type == unix.OVERLAYFS_SUPER_MAGIC {
+		t.Skipf("SKIPPED: overlayfs does not tell who has a file mapped (%v)", err)
+	}
+	path := filepath.Join(dir, "f")
+	if err := os.WriteFile(path, []byte("one"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mapped, err := unix.Mmap(int(f.Fd()), 0, 3, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	digest := func(s scanned) string { return entriesOf(t, s.tree)[1].Digest.Encoded() }
+	copy(mapped, "two")
+	before := scanDir(t, dir, patterns{}, later, nil)
+	copy(mapped, "six") // the kernel has no reason to look at the time again
+	after := scanDir(t, dir, patterns{}, later, before.tree)
+	if err := unix.Munmap(mapped); err != nil {
+		t.Fatal(err)
+	}
+	if after.read != 3 || !after.changed || digest(after) == digest(before) {
+		t.Errorf("what was written through a mapping was not noticed (%d bytes read)", after.read)
+	}
+	alone := scanDir(t, dir, patterns{}, later, after.tree)
+	if again := scanDir(t, dir, patterns{}, later, alone.tree); alone.read != 3 || again.read != 0 || digest(again) != digest(after) {
+		t.Errorf("when nobody has it any more it is read %d, %d bytes", alone.read, again.read)
+	}
+}
+
 func TestScanAttributes(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"f", "d/g"} {
