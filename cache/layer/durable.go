@@ -17,11 +17,11 @@ import (
 	"github.com/seed-68981b69/slipway/cache/fsys"
 )
 
-// A committed tree is not synced: that would cost more than the step that made it. Its info names the boot in which it
-// was made and a number, counted up from commit to commit. Within that boot the page cache has everything, whatever
-// happens to the process. In another boot the tree counts only if the file "synced" says that a syncfs of that boot has
-// covered that number. Otherwise the machine may have gone down with half of the tree in memory, and the layer is missing: as
-// if it had never been made. A layer that was packed before falls back to its tar, which is always synced.
+// A committed tree is not synced: that would cost more than the step that made it. Nor is a remote layer that is made known: an imported
+// cache may name dozens. The info names the boot in which it was made and a number, counted up from commit to commit. Within that boot the
+// page cache has everything, whatever happens to the process. In another boot the layer counts only if the file "synced" says that a syncfs
+// of that boot has covered that number. Otherwise the machine may have gone down with half of it in memory, and it is missing: as
+// if it had never been made. A tree that was packed before falls back to its tar, which is always synced.
 
 const syncedFile = "synced"
 
@@ -79,8 +79,11 @@ func (b *boot) begin(m *meta) (done func()) {
 }
 
 // trusts says whether what m's files had in them when it was committed is still there.
-func (b *boot) trusts(m *meta) bool {
-	if m.Boot == "" || m.Boot == b.id {
+func (b *boot) trusts(m *meta) bool { return m.Boot == b.id || b.covers(m) }
+
+// covers says whether all of m is on disk.
+func (b *boot) covers(m *meta) bool {
+	if m.Boot == "" {
 		return true
 	}
 	b.mu.Lock()

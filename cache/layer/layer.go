@@ -19,10 +19,10 @@
 //	mnt/<id>          where the tar form is mounted
 //	uppers/<random>   upper and work directories of running steps
 //	tmp/<random>      layers being written or deleted; emptied by Open
-//	synced            which committed trees are known to be on disk
+//	synced            which committed trees and remote layers are known to be on disk
 //
 // A layer becomes visible by the rename of its finished directory. The tar form is synced to disk before that. A
-// committed tree is not: after a reboot it does not exist, unless Sync was called (durable.go). The order of all writes, and why it
+// committed tree is not, nor what is known of a remote layer: after a reboot they do not exist, unless Sync was called (durable.go). The order of all writes, and why it
 // is safe, is in docs/store.md.
 package layer
 

@@ -388,7 +388,10 @@ func (s *Store) arrive(tmp string, m *meta, x *index.Index) (err error) {
 		s.indexes.put(m.ID, x)
 	}
 	s.mu.Unlock()
-	return s.fs.Sync(s.path(m.ID, ""))
+	if err := s.fs.Sync(s.path(m.ID, "")); err != nil || s.boot.covers(old) {
+		return err
+	}
+	return s.fs.Sync(s.dir) // what was remote may not have its name on disk yet
 }
 
 // sameFiles says whether two indexes are of the same files, and if not, names a path where they differ. Times below a second

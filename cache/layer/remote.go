@@ -160,22 +160,26 @@ func (m *meta) learn(r Remote) (changed bool) {
 	return changed
 }
 
-// installRemote puts a new remote layer in its place. The caller holds its lock.
+// installRemote puts a new remote layer in its place. The caller holds its lock. It is not synced, like a committed tree (durable.go): in another
+// boot it counts if a Sync has covered it, and otherwise it is asked for again.
 func (s *Store) installRemote(m *meta, x *index.Index) error {
 	tmp, err := s.newTmp()
 	if err != nil {
 		return err
 	}
+	defer s.boot.begin(m)()
+	m.Size = 4096 // the info
 	if x != nil {
-		err = s.writeFile(filepath.Join(tmp, indexFile), x.Encode(), true)
+		raw := x.Encode()
+		m.Size += (int64(len(raw)) + 4095) &^ 4095
+		err = s.writeFile(filepath.Join(tmp, indexFile), raw, false)
 	}
 	if err == nil {
-		m.Size = diskUsage(tmp) + 4096 // and the info
-		err = s.writeMeta(filepath.Join(tmp, infoFile), m, true)
+		err = s.writeMeta(filepath.Join(tmp, infoFile), m, false)
 	}
 	if err == nil {
 		s.add(m.Size)
-		err = s.install(tmp, m, x, true)
+		err = s.install(tmp, m, x, false)
 	}
 	if err != nil {
 		s.removeAll(tmp)

@@ -240,6 +240,73 @@ func TestRemoteReopen(t *testing.T) {
 	checkAll(t, s, "")
 }
 
+// TestRemoteReboot takes away what was not synced: a remote layer that no sync has covered is missing in the next boot and can be made known
+// again; one that was covered, and one whose bytes have come, are there.
+func TestRemoteReboot(t *testing.T) {
+	ctx := context.Background()
+	from := openStore(t, Options{NoEROFS: true})
+	where := t.TempDir()
+	var e *elsewhere
+	open := func(boot string) *Store {
+		s, err := Open(where, Options{NoEROFS: true, BootID: boot, Log: discard})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e == nil {
+			e = away(t, s)
+		}
+		s.OnFetch("test", e.fetch)
+		return s
+	}
+	s := open("first")
+	known := map[string]Remote{}
+	ids := map[string]ID{}
+	add := func(name string) {
+		_, info, x := e.export(t, from, nil, sized(name, 10))
+		known[name] = Remote{DiffID: info.DiffID, Index: x}
+		ids[name] = addRemote(t, s, known[name])
+	}
+	add("covered")
+	if err := s.Sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"no info", "no index", "whole", "come"} {
+		add(name)
+	}
+	if err := s.Materialise(ctx, ids["come"]); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	for name, file := range map[string]string{"no info": infoFile, "no index": indexFile} {
+		if err := os.Truncate(s.path(ids[name], file), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = open("second")
+	defer s.Close()
+	for name, want := range map[string]any{"covered": FormRemote, "come": FormTar} {
+		if got, err := s.Stat(ctx, ids[name]); err != nil || got.Form != want {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	for _, name := range []string{"no info", "no index", "whole"} {
+		if _, err := s.Stat(ctx, ids[name]); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: %v; it may not be on disk", name, err)
+		}
+		if id := addRemote(t, s, known[name]); id != ids[name] {
+			t.Errorf("%s: known again as %s, was %s", name, id, ids[name])
+		}
+		if x, err := s.Index(ctx, ids[name]); err != nil || x.Digest() != known[name].Index.Digest() {
+			t.Errorf("%s: index: %v", name, err)
+		}
+	}
+	checkAll(t, s, "made known again")
+	if err := s.Materialise(ctx, ids["no info"], ids["no index"], ids["whole"], ids["covered"]); err != nil {
+		t.Error(err)
+	}
+	checkAll(t, s, "all come")
+}
+
 // TestRemoteUnavailable: nothing of a layer that cannot be fetched stays behind, and it can be forgotten.
 func TestRemoteUnavailable(t *testing.T) {
 	s, from := openStore(t, Options{NoEROFS: true}), openStore(t, Options{NoEROFS: true})
