@@ -48,7 +48,8 @@ type setup struct {
 // runPlan carries out the plan and becomes the user's command. It does not return.
 func runPlan() {
 	debug.SetGCPercent(-1)
-	runtime.LockOSThread() // credentials and filters belong to a thread
+	// Credentials and filters belong to a thread: init functions run on the first one, from their beginning to their end. To lock it
+	// here as well would only make Go's runtime start another.
 	s := &setup{sync: -1, dev: -1, proc: -1}
 	err := s.run()
 	if s.sync >= 0 {

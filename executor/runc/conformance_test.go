@@ -159,6 +159,7 @@ func (c *conformance) process() {
 		c.t.Fatal(err)
 	}
 	c.equal("nice, scheduler, personality, parent's death signal", [4]int{20 - priority}, [4]int{got.Nice, got.Scheduler, got.Personality, got.DeathSignal})
+	c.equal("timer slack", 50_000, got.TimerSlack) // the kernel's, not the runner's
 	own, _ := os.ReadFile("/proc/self/oom_score_adj")
 	c.equal("OOM score adjustment", strings.TrimSpace(string(own)), strconv.Itoa(got.OOMScoreAdj))
 	c.equal("arguments", p.Args, got.Args)

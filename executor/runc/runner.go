@@ -36,6 +36,15 @@ type runner struct {
 	err    error
 }
 
+// A runner waits: for libcontainer's children, for what they say, for their ends. The monitor of Go's runtime sleeps for 20 µs at a time,
+// again and again, as long as something waits in a system call; with the kernel's own timer slack, 50 µs, it used a quarter of a step's
+// processor time. So the kernel may wake a runner's threads later by runnerTimerSlack, in nanoseconds, and there are more of Go's
+// processors than could wait at once before the monitor takes one of them back. A container gets the kernel's slack before its command begins.
+const (
+	runnerTimerSlack = 5_000_000
+	runnerProcs      = "GOMAXPROCS=6"
+)
+
 // startRunner starts the binary at path.
 func startRunner(path string, log *slog.Logger) (*runner, error) {
 	conn, theirs, err := wire.Pair()
@@ -51,7 +60,7 @@ func startRunner(path string, log *slog.Logger) (*runner, error) {
 	cmd := &exec.Cmd{
 		Path:       path,
 		Args:       []string{"slipway-runner"},
-		Env:        []string{},
+		Env:        []string{runnerProcs},
 		Dir:        "/",
 		Stderr:     stderrW,
 		ExtraFiles: []*os.File{theirs},
@@ -66,6 +75,7 @@ func startRunner(path string, log *slog.Logger) (*runner, error) {
 		// The parent-death signal belongs to the thread that started the child, so that thread has to stay.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
+		_ = unix.Prctl(unix.PR_SET_TIMERSLACK, runnerTimerSlack, 0, 0, 0) // the child inherits it
 		err := cmd.Start()
 		started <- err
 		if err == nil {

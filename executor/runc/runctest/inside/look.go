@@ -43,6 +43,8 @@ func look() (*seen.Seen, error) {
 	s.Scheduler = int(policy)
 	personality, _, _ := unix.RawSyscall(unix.SYS_PERSONALITY, 0xffffffff, 0, 0)
 	s.Personality = int(personality)
+	slack, _, _ := unix.RawSyscall(unix.SYS_PRCTL, unix.PR_GET_TIMERSLACK, 0, 0)
+	s.TimerSlack = int(slack)
 	var death int32
 	_ = unix.Prctl(unix.PR_GET_PDEATHSIG, uintptr(unsafe.Pointer(&death)), 0, 0, 0)
 	s.DeathSignal = int(death)

@@ -21,6 +21,7 @@ type Seen struct {
 	Scheduler       int
 	Personality     int
 	DeathSignal     int
+	TimerSlack      int // in nanoseconds
 	// Rlimits are soft and hard limits by number.
 	Rlimits  map[int][2]uint64
 	Args     []string
