@@ -25,7 +25,7 @@ in a dozen cgroup hierarchies, and the first process's Go runtime. Starting with
 	"export-gzip":         `the compressor (kgzip's blocks on all processors), more than nine tenths.`,
 	"export-zstd":         `zstd.Encoder.EncodeAll 87 %. BuildKit has the same encoder in one stream of two overlapping threads; more processors widen the gap.`,
 	"export-again":        `the kernel's copy of the compressed blob to the archive.`,
-	"push-1GB":            `the bytes of the compressed layer on their way, and the registry's writes. Each is hashed once while it is sent.`,
+	"push-1GB":            `the bytes of the compressed layer on their way, and the registry's writes. This side has the kernel send them (sendfile), and does not look at them.`,
 	"push-pipelined":      `the last step. What follows it is the config, the manifest and the tag.`,
 	"pull-10x80MB-gzip":   `decompression, and SHA-256 of what came and of what it unpacks to; the tar is written as it comes.`,
 	"pull-10x80MB-zstd":   `SHA-256 of what came and of what it unpacks to, and the write of the tar; decompression is the smaller part.`,

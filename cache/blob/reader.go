@@ -65,6 +65,18 @@ func (r *reader) Size() int64 { return r.size }
 
 func (r *reader) Close() error { return r.f.Close() }
 
+// File is the file that the blob is, for who lets the kernel copy it without verifying it.
+func (r *reader) File() *os.File { return r.f }
+
+// Check reads the blob from the disk, even if r is closed. A damaged one goes into quarantine, and is an error that wraps ErrDigest.
+func (r *reader) Check(ctx context.Context) error {
+	got, err := r.s.sum(ctx, r.d)
+	if err != nil || got == r.d {
+		return err
+	}
+	return r.s.damaged(r.d, got)
+}
+
 func (r *reader) ReadAt(p []byte, off int64) (int, error) { return r.f.ReadAt(p, off) }
 
 // Seek ends the verification, unless it goes nowhere or back to the beginning.
@@ -183,33 +195,38 @@ func (s *Store) damaged(d, got digest.Digest) error {
 // Check reads a blob from the disk and compares it with its digest: errors wrap ErrDigest when it is damaged, and ErrNotFound.
 // It changes nothing.
 func (s *Store) Check(ctx context.Context, d digest.Digest) error {
+	got, err := s.sum(ctx, d)
+	if err == nil && got != d {
+		err = fmt.Errorf("blob %s: %w: the stored bytes are %s", d, ErrDigest, got)
+	}
+	return err
+}
+
+// sum is the digest of the bytes that are stored as d.
+func (s *Store) sum(ctx context.Context, d digest.Digest) (digest.Digest, error) {
 	path, err := s.path(d)
 	if err != nil {
-		return err
+		return "", err
 	}
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("blob %s: %w", d, ErrNotFound)
+		return "", fmt.Errorf("blob %s: %w", d, ErrNotFound)
 	}
 	if err != nil {
-		return fmt.Errorf("blob %s: %w", d, err)
+		return "", fmt.Errorf("blob %s: %w", d, err)
 	}
 	defer f.Close()
 	h := d.Algorithm().Hash()
 	for {
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return "", context.Cause(ctx)
 		}
 		if _, err := io.CopyN(h, f, 8<<20); err == io.EOF {
-			break
+			return digest.NewDigest(d.Algorithm(), h), nil
 		} else if err != nil {
-			return fmt.Errorf("blob %s: %w", d, err)
+			return "", fmt.Errorf("blob %s: %w", d, err)
 		}
 	}
-	if got := digest.NewDigest(d.Algorithm(), h); got != d {
-		return fmt.Errorf("blob %s: %w: the stored bytes are %s", d, ErrDigest, got)
-	}
-	return nil
 }
 
 // Quarantine moves a blob to the quarantine folder, where it keeps its encoded digest as its name: it is missing then. One that

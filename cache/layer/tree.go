@@ -706,7 +706,7 @@ func (s *Store) pack(ctx context.Context, old *meta) (*meta, error) {
 }
 
 // OpenTar opens the layer's tar and says how long it is. A layer that has none yet is packed first.
-func (s *Store) OpenTar(ctx context.Context, id ID) (io.ReadSeekCloser, int64, error) {
+func (s *Store) OpenTar(ctx context.Context, id ID) (*os.File, int64, error) {
 	if _, err := s.Pack(ctx, id); err != nil {
 		return nil, 0, err
 	}

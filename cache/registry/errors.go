@@ -87,6 +87,7 @@ func (r *Registry) diagnose(ctx context.Context, host, what string, err error) *
 		invalid x509.CertificateInvalidError
 		record  tls.RecordHeaderError
 		netErr  net.Error
+		bytes   *garbled
 	)
 	code := 0
 	if errors.As(err, &status) {
@@ -94,6 +95,10 @@ func (r *Registry) diagnose(ctx context.Context, host, what string, err error) *
 	}
 	said := registryMessage(status.Body)
 	switch {
+	case errors.As(err, &bytes):
+		e.Err = ErrCorrupt
+		e.Message = fmt.Sprintf("%s got other bytes for blob %s than were sent, again and again%s, and the blob here is good: something on the way changes them, "+
+			"or the registry stores them wrongly: look at the proxies and the network in between", host, bytes.desc.Digest, said)
 	case errors.As(err, &pass) && pass.status != 0:
 		e.Err, e.Host = ErrUnavailable, pass.host
 		e.Message = fmt.Sprintf("%s answered %s: try again later", pass.host, pass)

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"hash"
 	"io"
 	"net/http"
 	"net/url"
@@ -30,7 +29,7 @@ import (
 const SourceAnnotation = "containerd.io/distribution.source."
 
 // Push makes sure that ref's repository has the blob desc. When it does not and cannot mount it from a repository
-// that desc's SourceAnnotation names, open's bytes are sent, verified on the way. progress, which may be nil, is
+// that desc's SourceAnnotation names, open's bytes are sent, verified on the way unless they are Stored. progress, which may be nil, is
 // called with the number of bytes of this blob that have been sent; after a failed try it starts again at 0, and
 // it ends at desc.Size. Blobs only: see PushManifest.
 func (r *Registry) Push(ctx context.Context, ref string, desc ocispec.Descriptor, open func() (io.ReadCloser, error), progress func(n int64)) error {
@@ -171,15 +170,18 @@ func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, err
 	q := location.Query()
 	q.Set("digest", desc.Digest.String())
 	location.RawQuery = q.Encode()
-	resp, err := u.do(u.ctx, http.MethodPut, location.String(), func(req *http.Request) error {
-		body, err := open()
-		if err != nil {
+	var rc io.ReadCloser
+	resp, err := u.do(u.ctx, http.MethodPut, location.String(), func(req *http.Request) (err error) {
+		if rc, err = open(); err != nil {
 			return err
 		}
-		req.Body = &upload{rc: body, desc: desc, hash: desc.Digest.Algorithm().Hash(), progress: progress}
+		if req.Body, err = body(rc, desc, 0, progress); err != nil {
+			_ = rc.Close()
+			return err
+		}
 		req.ContentLength = desc.Size
 		if desc.Size == 0 {
-			body.Close()
+			req.Body.Close()
 			req.Body = http.NoBody // a body with a length of 0 would mean one of unknown length
 		}
 		req.Header.Set("Content-Type", "application/octet-stream")
@@ -192,7 +194,10 @@ func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, err
 	if err != nil {
 		return err
 	}
-	return created(resp, desc)
+	if err = created(resp, desc); err != nil {
+		part.location = nil // an answer is the end of it
+	}
+	return u.blame(err, rc, desc)
 }
 
 // has asks whether the registry has desc at path.
@@ -329,40 +334,6 @@ func (u *uploader) do(ctx context.Context, method, target string, fill func(*htt
 		resp.Body.Close()
 	}
 }
-
-// upload is the body of a blob's PUT. It does not deliver the end of bytes that are not those of desc, so that
-// the registry never sees a complete upload of them.
-type upload struct {
-	rc       io.ReadCloser
-	desc     ocispec.Descriptor
-	hash     hash.Hash
-	sent     int64
-	progress func(int64)
-}
-
-func (b *upload) Read(p []byte) (int, error) {
-	n, err := b.rc.Read(p)
-	b.hash.Write(p[:n])
-	b.sent += int64(n)
-	if b.sent > b.desc.Size || err == io.EOF && b.sent < b.desc.Size {
-		return 0, b.changed("it does not have %d bytes", b.desc.Size)
-	}
-	if b.sent == b.desc.Size && n > 0 {
-		if got := digest.NewDigest(b.desc.Digest.Algorithm(), b.hash); got != b.desc.Digest {
-			return 0, b.changed("its digest is %s", got)
-		}
-	}
-	if n > 0 {
-		b.progress(b.sent)
-	}
-	return n, err
-}
-
-func (b *upload) changed(format string, args ...any) error {
-	return &Error{Err: ErrCorrupt, Message: fmt.Sprintf("blob %s in the local store is damaged: %s", b.desc.Digest, fmt.Sprintf(format, args...))}
-}
-
-func (b *upload) Close() error { return b.rc.Close() }
 
 // Has says whether ref's repository has the blob desc.
 func (r *Registry) Has(ctx context.Context, ref string, desc ocispec.Descriptor) (bool, error) {

@@ -37,18 +37,15 @@ func (u *uploader) goOn(desc ocispec.Descriptor, open func() (io.ReadCloser, err
 	part.at = max(part.at, at)
 	if at < desc.Size {
 		resp, err := u.do(u.ctx, http.MethodPatch, location.String(), func(req *http.Request) error {
-			body, err := open()
+			rc, err := open()
 			if err != nil {
 				return err
 			}
-			// What is there already is read as well: the digest is that of all bytes.
-			up := &upload{rc: body, desc: desc, hash: desc.Digest.Algorithm().Hash(), progress: func(int64) {}}
-			if _, err := io.CopyN(io.Discard, struct{ io.Reader }{up}, at); err != nil {
-				_ = body.Close()
+			if req.Body, err = body(rc, desc, at, progress); err != nil {
+				_ = rc.Close()
 				return err
 			}
-			up.progress = progress
-			req.Body, req.ContentLength = up, desc.Size-at
+			req.ContentLength = desc.Size - at
 			req.Header.Set("Content-Type", "application/octet-stream")
 			req.Header.Set("Content-Range", fmt.Sprintf("%d-%d", at, desc.Size-1))
 			return nil

@@ -106,7 +106,7 @@ func transient(ctx context.Context, resp *http.Response, err error) *passing {
 // broken says whether err is a connection that broke, rather than one that cannot be had.
 func broken(err error) bool {
 	var p *passing
-	if errors.As(err, &p) {
+	if errors.As(err, &p) || errors.As(err, new(*garbled)) {
 		return true
 	}
 	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED) ||

@@ -521,7 +521,7 @@ func (o *observation) addValue(prefix string, value any) {
 
 // readable is a text without the base64 that JSON values of responses are in.
 func readable(s string) string {
-	if data, err := base64.StdEncoding.DecodeString(s); err == nil && len(data) > 1 && data[0] == '{' {
+	if data, err := base64.StdEncoding.DecodeString(s); err == nil && len(data) > 1 && data[0] == '{' && json.Valid(data) {
 		return string(data)
 	}
 	return s

@@ -4,7 +4,6 @@ package remotecache
 
 import (
 	"context"
-	"errors"
 	"io"
 
 	"github.com/seed-68981b69/slipway/cache/index"
@@ -65,13 +64,9 @@ func (l layers) Index(ctx context.Context, id layer.ID) (*index.Index, error) {
 
 // Tar implements share.ChunkSource.
 func (l layers) Tar(ctx context.Context, id layer.ID) (share.TarReader, error) {
-	rc, _, err := l.caches.deps.Layers.OpenTar(ctx, id)
+	tar, _, err := l.caches.deps.Layers.OpenTar(ctx, id)
 	if err != nil {
 		return nil, err
-	}
-	tar, ok := rc.(share.TarReader)
-	if !ok {
-		return nil, errors.Join(errors.New("its tar cannot be read in any order"), rc.Close())
 	}
 	return tar, nil
 }

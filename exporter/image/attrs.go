@@ -44,12 +44,13 @@ type attrs struct {
 	annotations Annotations
 	reshape     reshape.Options
 	compression layerblob.Compression
+	// formed says that the form of the layers' blobs was asked for.
+	formed bool
 }
 
 // parseAttrs refuses what this exporter does not do, by name.
 func parseAttrs(given map[string]string) (attrs, error) {
 	a := attrs{store: true, compression: layerblob.Compression{Kind: compress.Gzip}}
-	form := "" // an attribute about blobs, which only registries get
 	for _, key := range slices.Sorted(maps.Keys(given)) {
 		value := given[key]
 		var on bool
@@ -100,7 +101,7 @@ func parseAttrs(given map[string]string) (attrs, error) {
 			var ok bool
 			if ok, err = a.reshape.Set(key, value); !ok {
 				if ok, err = a.compression.Set(key, value); ok && (k != exptypes.OptKeyForceCompression || a.compression.Force) {
-					form = key + "=" + value
+					a.formed = true
 				}
 			}
 			if !ok {
@@ -114,30 +115,21 @@ func parseAttrs(given map[string]string) (attrs, error) {
 			return attrs{}, fmt.Errorf("attribute %s=%s: %w", key, value, err)
 		}
 	}
-	return a, a.check(form)
+	return a, a.check()
 }
 
 // check says what is wrong with the attributes together.
-func (a attrs) check(form string) error {
+func (a attrs) check() error {
 	if err := a.compression.Check(a.docker); err != nil {
 		return err
 	}
 	if err := CheckArtifact(a.artifact, a.docker); err != nil {
 		return err
 	}
-	switch {
-	case form != "" && !a.push && !a.compression.Estargz && (a.compression.Kind != compress.None || a.compression.Force):
-		return fmt.Errorf("attribute %s without push=true: layers in the local store are not compressed", form)
-	case a.push && len(a.names) == 0 && a.dangling == "":
+	if a.push && len(a.names) == 0 && a.dangling == "" {
 		return errors.New("push needs a name: give the image one that begins with its registry")
-	case !a.store && !a.push:
-		return errors.New("store=false without push=true: nothing would be left of the result")
-	case a.byDigest && !a.push:
-		return errors.New("push-by-digest=true without push=true")
-	case a.insecure && !a.push:
-		return errors.New("registry.insecure=true without push=true")
 	}
-	if a.byDigest {
+	if a.push && a.byDigest {
 		for _, name := range a.names {
 			if named, err := reference.ParseNormalizedNamed(name); err == nil && !reference.IsNameOnly(named) {
 				return fmt.Errorf("image name %q: has a tag, which push-by-digest=true does not set", name)
@@ -146,6 +138,10 @@ func (a attrs) check(form string) error {
 	}
 	return nil
 }
+
+// blobs says that the image that is made names its layers by the blobs that a push would send, though there is none: their form was asked
+// for, or all that is wanted is the image's digest. Otherwise an image in the local store names their tars, which cost nothing.
+func (a attrs) blobs() bool { return !a.push && (a.formed || !a.store) }
 
 // parseDangling reads a name to which a digest will be added.
 func parseDangling(value string) (string, error) {

@@ -200,7 +200,8 @@ func TestAttrs(t *testing.T) {
 		{map[string]string{"name": "a", "push": "1", "compression": "zstd", "compression-level": "22", "force-compression": ""}, "", func(a attrs) bool {
 			return a.compression.Kind == "zstd" && *a.compression.Level == 22 && a.compression.Force
 		}},
-		{map[string]string{"compression": "gzip"}, "compression=gzip without push=true", nil},
+		{map[string]string{"compression": "gzip"}, "", func(a attrs) bool { return a.blobs() }},
+		{map[string]string{"force-compression": "false"}, "", func(a attrs) bool { return !a.blobs() }},
 		{map[string]string{"compression": "uncompressed"}, "", nil},
 		{map[string]string{"compression": "estargz"}, "", func(a attrs) bool { return a.compression.Estargz }},
 		{map[string]string{"compression": "estargz", "oci-mediatypes": "false"}, "conflicts with oci-mediatypes=false", nil},
@@ -208,8 +209,8 @@ func TestAttrs(t *testing.T) {
 		{map[string]string{"name": "a", "push": "1", "compression": "zstd", "compression-level": "23"}, "zstd has 0 to 22", nil},
 		{map[string]string{"name": "a", "push": "1", "compression": "estargz", "compression-level": "10"}, "gzip has 0 to 9", nil},
 		{map[string]string{"name": "a", "push": "1", "compression": "bzip2"}, "compression=bzip2: not supported", nil},
-		{map[string]string{"push-by-digest": "true"}, "without push=true", nil},
-		{map[string]string{"registry.insecure": "true"}, "without push=true", nil},
+		// Workflows say push=false of a pull request and leave the rest as it is.
+		{map[string]string{"name": "a:1", "push-by-digest": "true", "name-canonical": "true", "registry.insecure": "true", "push": "false"}, "", nil},
 		{map[string]string{"name": "a:1", "push": "1", "push-by-digest": "true"}, "has a tag", nil},
 		{map[string]string{"name": "a", "push": "1", "push-by-digest": "", "registry.insecure": "1", "name-canonical": "1"}, "", func(a attrs) bool {
 			return a.byDigest && a.insecure && a.canonical
@@ -226,7 +227,7 @@ func TestAttrs(t *testing.T) {
 		{map[string]string{"nonsense": "1"}, "not supported yet: nonsense=1", nil},
 		{map[string]string{"push": "perhaps"}, "push=perhaps: not true or false", nil},
 		{map[string]string{"push": "true"}, "push needs a name", nil},
-		{map[string]string{"store": "false"}, "nothing would be left", nil},
+		{map[string]string{"store": "false"}, "", func(a attrs) bool { return a.blobs() }},
 		{map[string]string{"name": "UPPER"}, "UPPER", nil},
 		{map[string]string{"name": "a@sha256:" + strings.Repeat("0", 64)}, "cannot have a digest", nil},
 		{map[string]string{"source-date-epoch": "x"}, "source-date-epoch=x", nil},

@@ -209,7 +209,11 @@ func (e *imageExporter) Begin(ctx context.Context, r exporter.Result, opts expor
 		if err != nil || !ok {
 			return err
 		}
-		if !e.attrs.push {
+		switch {
+		case e.attrs.blobs():
+			_, err := e.compress(ctx, id)
+			return err
+		case !e.attrs.push:
 			_, err := e.deps.Layers.Pack(ctx, id)
 			return err
 		}
@@ -250,13 +254,13 @@ func (e *imageExporter) assemble(ctx context.Context, r exporter.Result, names [
 	done := opts.Step("exporting layers")
 	layers := make([][]Layer, len(r.Refs))
 	pack := e.pack
-	if r.Attested() {
+	if r.Attested() || e.attrs.blobs() {
 		pack = e.compress
 	}
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))
 	for i, ref := range r.Refs {
-		if !e.attrs.push { // it is going to be run
+		if !e.attrs.push && e.attrs.store { // it is going to be run
 			if err := e.deps.Layers.Materialise(ctx, ref.Snapshot...); err != nil {
 				return ocispec.Descriptor{}, err
 			}
@@ -351,7 +355,7 @@ func (e *imageExporter) localNames(names []string, d digest.Digest) []string {
 		}
 	}
 	for _, name := range names {
-		if e.attrs.byDigest {
+		if e.attrs.push && e.attrs.byDigest {
 			continue // gets a name when its digest in the registry is known
 		}
 		if local = append(local, name); e.attrs.canonical {

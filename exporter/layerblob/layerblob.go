@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strconv"
 
@@ -388,39 +387,6 @@ func (m *Maker) commit(w *blob.Writer, diffID digest.Digest, c Compression) (oci
 	return desc, m.memo.Put(diffID, c.Kind, desc)
 }
 
-// Open opens a blob for reading from its beginning. The end is an error if the bytes are not those of its digest; a process
-// finds that out once.
-func (m *Maker) Open(ctx context.Context, b Blob) (io.ReadCloser, error) {
-	if len(b.origins) > 0 {
-		return m.openRemote(ctx, b)
-	}
-	if b.tar == "" {
-		return OpenBlob(m.deps.Blobs, b.Desc)
-	}
-	tar, sizeBytes, err := m.deps.Layers.OpenTar(ctx, b.tar)
-	if err != nil {
-		return nil, fmt.Errorf("layer %s: %w", b.tar, err)
-	}
-	if sizeBytes != b.Desc.Size {
-		_ = tar.Close()
-		return nil, fmt.Errorf("layer %s: its tar has %d bytes, want %d", b.tar, sizeBytes, b.Desc.Size)
-	}
-	if v, ok := m.verify(tar, b.tar, b.Desc.Digest).(*verified); ok {
-		return &unverified{v, tar, sizeBytes}, nil
-	}
-	return tar, nil
-}
-
-// verify returns the tar of a layer as it is if this process has written it or read it before, and else what finds out whether it is good.
-func (m *Maker) verify(tar io.Reader, id layer.ID, diffID digest.Digest) io.Reader {
-	if m.deps.Layers.Verified(id) {
-		return tar
-	}
-	v := verify(tar, diffID)
-	v.good = func() { m.deps.Layers.SetVerified(id) }
-	return v
-}
-
 // OpenBlob opens a blob of the store. The end is an error if the bytes are not those of its digest.
 func OpenBlob(blobs *blob.Store, desc ocispec.Descriptor) (io.ReadCloser, error) {
 	r, err := blobs.Open(desc.Digest)
@@ -432,63 +398,4 @@ func OpenBlob(blobs *blob.Store, desc ocispec.Descriptor) (io.ReadCloser, error)
 		return nil, fmt.Errorf("blob %s: has %d bytes, want %d", desc.Digest, r.Size(), desc.Size)
 	}
 	return r, nil
-}
-
-// unverified is a tar that this process has not read yet.
-type unverified struct {
-	*verified
-	tar       io.ReadSeekCloser
-	sizeBytes int64
-}
-
-func (u *unverified) Close() error { return u.tar.Close() }
-
-// WriteTo leaves the copying to the kernel where it can do it, and hashes at the same time.
-func (u *unverified) WriteTo(w io.Writer) (int64, error) {
-	f, ok := u.tar.(*os.File)
-	if !ok || u.started {
-		return io.Copy(w, struct{ io.Reader }{u.verified})
-	}
-	n, got, err := blob.CopyAndHash(w, f, u.sizeBytes, u.want.Algorithm())
-	if err == nil {
-		err = u.judge(got)
-	}
-	return n, err
-}
-
-// verified fails at the end of the stream if it was not what it should have been.
-type verified struct {
-	r    io.Reader
-	want digest.Digest
-	hash digest.Digester
-	good func() // called when it was; may be nil
-	// started says that something has been read.
-	started bool
-}
-
-func verify(r io.Reader, want digest.Digest) *verified {
-	return &verified{r: r, want: want, hash: want.Algorithm().Digester()}
-}
-
-func (v *verified) Read(p []byte) (int, error) {
-	v.started = true
-	n, err := v.r.Read(p)
-	v.hash.Hash().Write(p[:n])
-	if err == io.EOF {
-		if bad := v.judge(v.hash.Digest()); bad != nil {
-			return n, bad
-		}
-	}
-	return n, err
-}
-
-// judge says what it means that everything together has this digest.
-func (v *verified) judge(got digest.Digest) error {
-	if got != v.want {
-		return fmt.Errorf("the layer is damaged: its tar has digest %s", got)
-	}
-	if v.good != nil {
-		v.good()
-	}
-	return nil
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/seed-68981b69/slipway/cache/registry/registrytest"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
 	"github.com/seed-68981b69/slipway/exporter"
+	exportregistry "github.com/seed-68981b69/slipway/exporter/registry"
 )
 
 func get(t *testing.T, url, accept string) []byte {
@@ -199,6 +200,67 @@ func TestCompression(t *testing.T) {
 				t.Errorf("forced: layer %d is %+v", i, forced.Layers[i])
 			}
 		}
+	}
+}
+
+// TestCompressionWithoutPush: an image whose form is asked for has it in the local store, and is pushed as it is.
+func TestCompressionWithoutPush(t *testing.T) {
+	ctx := context.Background()
+	reg := registrytest.Start(t, registrytest.Options{})
+	s := newSide(t)
+	for _, tc := range []struct {
+		attrs map[string]string
+		kind  compress.Kind
+	}{
+		{map[string]string{"compression": "zstd"}, compress.Zstd},
+		{map[string]string{"compression-level": "9"}, compress.Gzip},
+		{map[string]string{"compression": "estargz"}, compress.Gzip},
+		{map[string]string{"compression": "uncompressed", "force-compression": "true"}, compress.None},
+		{map[string]string{}, compress.None},
+	} {
+		tc.attrs["name"] = "app"
+		resp := s.export(t, small(t, s), tc.attrs)
+		img, err := s.Images.Get(ctx, "app")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := resp[exptypes.ExporterImageDigestKey]; got != img.Target.Digest.String() {
+			t.Errorf("%v: the client is told of %s, and it is %s", tc.attrs, got, img.Target.Digest)
+		}
+		raw, err := s.Blobs.ReadAll(img.Target.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m ocispec.Manifest
+		if err := json.Unmarshal(raw, &m); err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range m.Layers {
+			if l.MediaType != compress.MediaType(tc.kind, false) {
+				t.Errorf("%v: layer %+v", tc.attrs, l)
+			}
+		}
+		desc, err := s.pusher.Push(ctx, img, reg.Host+"/app:1", exportregistry.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if compressed := tc.kind != compress.None; compressed != (desc.Digest == img.Target.Digest) {
+			t.Errorf("%v: %s is pushed as %s", tc.attrs, img.Target.Digest, desc.Digest)
+		}
+	}
+	// Without a place in the store there is still a digest: the one that a push would have.
+	before, err := s.Images.List(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp := s.export(t, small(t, s), map[string]string{"name": reg.Host + "/none:1", "store": "false"})
+	after, err := s.Images.List(ctx)
+	if err != nil || len(after) != len(before) {
+		t.Errorf("%d images instead of %d, %v", len(after), len(before), err)
+	}
+	pushed := s.export(t, small(t, s), map[string]string{"name": reg.Host + "/none:1", "push": "true"})
+	if got, want := resp[exptypes.ExporterImageDigestKey], pushed[exptypes.ExporterImageDigestKey]; got != want {
+		t.Errorf("store=false says %s, a push %s", got, want)
 	}
 }
 

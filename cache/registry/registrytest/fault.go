@@ -3,6 +3,7 @@
 package registrytest
 
 import (
+	"bytes"
 	"io"
 	"log"
 	"net/http"
@@ -30,6 +31,7 @@ const (
 	Short     Kind = "short"     // half of the body, told as all of it
 	Corrupt   Kind = "corrupt"   // one byte changed
 	WrongName Kind = "wrongname" // another Docker-Content-Digest
+	Garble    Kind = "garble"    // one byte of the request's body changed
 	Slow      Kind = "slow"      // the body in many pieces, with pauses
 )
 
@@ -89,6 +91,15 @@ func (f *Fault) wrap(next http.Handler) http.Handler {
 			r.Body = io.NopCloser(io.MultiReader(io.LimitReader(r.Body, r.ContentLength/2), iotest.ErrReader(io.ErrUnexpectedEOF)))
 			next.ServeHTTP(&recorder{header: http.Header{}, status: http.StatusOK}, r)
 			panic(http.ErrAbortHandler)
+		case Garble:
+			first := make([]byte, 1)
+			n, _ := io.ReadFull(r.Body, first)
+			first[0] ^= 1
+			r.Body = struct {
+				io.Reader
+				io.Closer
+			}{io.MultiReader(bytes.NewReader(first[:n]), r.Body), r.Body}
+			next.ServeHTTP(w, r)
 		case Busy:
 			w.Header().Set("Retry-After", "1")
 			w.WriteHeader(http.StatusTooManyRequests)
