@@ -430,10 +430,10 @@ func TestSecrets(t *testing.T) {
 	te := openTest(t)
 	te.base()
 	r := request{
-		files:   map[string]string{"Dockerfile": "FROM base\nRUN --mount=type=secret,id=s,required=true echo got-$(cat /run/secrets/s)\n"},
+		files:   map[string]string{"Dockerfile": "FROM base\nRUN --mount=type=secret,id=s,required=true echo got-$(tr sam SAM </run/secrets/s)-$(cat /run/secrets/s)\n"},
 		session: []session.Attachable{secretsprovider.FromMap(map[string][]byte{"s": []byte("sesame")})},
 	}
-	if out := te.mustBuild(r); !strings.Contains(out.logs, "got-sesame") {
+	if out := te.mustBuild(r); !strings.Contains(out.logs, "got-SeSAMe-[secret s]\n") {
 		t.Errorf("logs %q", out.logs)
 	}
 	r.session = nil
