@@ -370,6 +370,9 @@ func (c *checker) orphans(ctx context.Context) error {
 	}
 	c.opt.Progress("orphans", 0, 1)
 	layers, blobs, err := c.s.unnamed(ctx)
+	if err != nil && !c.opt.Repair && len(c.broken) > 0 {
+		return nil // a layer that the disk fails to read: it has been reported, and nobody knows what else is named
+	}
 	if err != nil {
 		return err
 	}

@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/url"
 	"slices"
 	"time"
 
@@ -330,82 +328,4 @@ func (r *run) pin(n *node) (result, error) {
 	r.owner.pins[n.vertex.Digest] = res
 	r.solver.mu.Unlock()
 	return res, nil
-}
-
-// runSession reaches the client of whoever wants the run now, in the order in which they came: the build that began it
-// may be gone.
-type runSession struct{ run *run }
-
-// client returns the session to ask, nil when there is none.
-func (s *runSession) client() Session {
-	r := s.run
-	r.solver.mu.Lock()
-	defer r.solver.mu.Unlock()
-	for _, n := range r.waiters {
-		if session := n.walk.build.session; session != nil && n.walk.ctx.Err() == nil {
-			return session
-		}
-	}
-	return nil
-}
-
-// Local implements Session.
-func (s *runSession) Local(ctx context.Context, req LocalRequest) (LocalDir, error) {
-	if c := s.client(); c != nil {
-		return c.Local(ctx, req)
-	}
-	return LocalDir{}, fmt.Errorf("directory %q of the client: %w", req.Name, ErrNotFound)
-}
-
-// Secret implements Session.
-func (s *runSession) Secret(ctx context.Context, id string) ([]byte, error) {
-	if c := s.client(); c != nil {
-		return c.Secret(ctx, id)
-	}
-	return nil, fmt.Errorf("secret %q: %w", id, ErrNotFound)
-}
-
-// SSHAgent implements Session.
-func (s *runSession) SSHAgent(ctx context.Context, id string) (string, func(), error) {
-	if c := s.client(); c != nil {
-		return c.SSHAgent(ctx, id)
-	}
-	return "", nil, fmt.Errorf("ssh agent %q: %w", id, ErrNotFound)
-}
-
-// Credentials implements Session.
-func (s *runSession) Credentials(ctx context.Context, host string) (user, secret string, err error) {
-	if c := s.client(); c != nil {
-		return c.Credentials(ctx, host)
-	}
-	return "", "", nil
-}
-
-// LayoutBlob implements LayoutSession.
-func (s *runSession) LayoutBlob(ctx context.Context, session, store string, dgst digest.Digest) (LayoutBlob, error) {
-	return OpenLayoutBlob(ctx, s.client(), session, store, dgst)
-}
-
-// Upload implements Uploader.
-func (s *runSession) Upload(ctx context.Context, u *url.URL) (io.ReadCloser, error) {
-	if c, ok := s.client().(Uploader); ok {
-		return c.Upload(ctx, u)
-	}
-	return nil, fmt.Errorf("the client cannot send %s", u.Path)
-}
-
-// HasTokens implements TokenSession.
-func (s *runSession) HasTokens(ctx context.Context, host string) (bool, error) {
-	if c, ok := s.client().(TokenSession); ok {
-		return c.HasTokens(ctx, host)
-	}
-	return false, nil
-}
-
-// FetchToken implements TokenSession.
-func (s *runSession) FetchToken(ctx context.Context, req registry.TokenRequest) (registry.Token, error) {
-	if c, ok := s.client().(TokenSession); ok {
-		return c.FetchToken(ctx, req)
-	}
-	return registry.Token{}, fmt.Errorf("the client has no tokens for %s", req.Host)
 }

@@ -223,6 +223,45 @@ func TestSharedRunChangesSession(t *testing.T) {
 	})
 }
 
+// dyingSession is that of a client that goes while it is asked.
+type dyingSession struct{ solver.Session }
+
+func (dyingSession) Secret(context.Context, string) ([]byte, error) {
+	time.Sleep(10 * time.Second)
+	return nil, errors.New("the connection is gone")
+}
+
+// A client that goes in the middle of an answer does not fail the builds of others that wait for the same work.
+func TestSharedRunOutlivesSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, def, _, _ := run(t, func(ctx context.Context, env *solver.Env) error {
+			b, err := env.Session.Secret(ctx, "token")
+			if err == nil && string(b) != "second" {
+				err = fmt.Errorf("the secret is %q", b)
+			}
+			return err
+		})
+		var wg sync.WaitGroup
+		for i, session := range []solver.Session{dyingSession{}, secretSession{value: "second"}} {
+			wg.Go(func() {
+				time.Sleep(time.Duration(i) * time.Second)
+				if err := evaluate(s, def, solver.BuildOptions{Session: session}); err != nil {
+					t.Errorf("build %d returned %v", i, err)
+				}
+			})
+		}
+		wg.Wait()
+		// Alone it fails, as nobody else can be asked.
+		s, def, _, _ = run(t, func(ctx context.Context, env *solver.Env) error {
+			_, err := env.Session.Secret(ctx, "token")
+			return err
+		})
+		if err := evaluate(s, def, solver.BuildOptions{Session: dyingSession{}}); err == nil || !strings.Contains(err.Error(), "the connection is gone") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
 // slowWriter takes its time for every event.
 type slowWriter struct{ solvertest.Screen }
 

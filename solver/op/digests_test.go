@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/seed-68981b69/slipway/cache/index"
 	"github.com/seed-68981b69/slipway/cache/layer"
 	"github.com/seed-68981b69/slipway/cache/record"
 	"github.com/seed-68981b69/slipway/cache/snapshot"
@@ -55,5 +56,40 @@ func TestInputDigests(t *testing.T) {
 	}
 	if len(d.m) > maxInputDigests {
 		t.Errorf("%d answers are kept", len(d.m))
+	}
+}
+
+// TestFalseIndexIsForgotten: what a copy sees of a remote layer whose index was false is not what it sees of the layer later.
+func TestFalseIndexIsForgotten(t *testing.T) {
+	d := newDeps(t)
+	env, _ := newEnv(t)
+	op, err := New(*d)(vertex(copyOp(dockerCopy("/f", "/")), 2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	see := func(content string) digest.Digest {
+		t.Helper()
+		x, err := index.NewChecked([]index.Entry{
+			{Type: index.Dir, Mode: 0o755, Offset: -1},
+			{Path: "f", Type: index.File, Mode: 0o644, Size: int64(len(content)), Digest: digest.FromString(content), Offset: -1},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := d.Layers.AddRemote(t.Context(), layer.Remote{DiffID: digest.FromString("its tar"), Index: x})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum, err := op.InputDigest(t.Context(), env, 1, snapshot.Snapshot{id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Layers.Forget(t.Context(), id); err != nil { // as when its bytes do not fit the index
+			t.Fatal(err)
+		}
+		return sum
+	}
+	if see("false") == see("true") {
+		t.Error("the digest of what was said first is still given")
 	}
 }

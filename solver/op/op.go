@@ -78,7 +78,7 @@ func (d *Deps) now() time.Time {
 // TempDir (a tmpfs with secrets, after a crash) is removed.
 func New(deps Deps) func(*solver.Vertex) (solver.Op, error) {
 	d := &deps
-	d.digests = &inputDigests{}
+	d.digests = &inputDigests{remote: d.hasRemote}
 	caches := deps.Caches
 	if caches == nil {
 		caches = NewCacheMounts(deps.CacheDir)

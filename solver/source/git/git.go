@@ -301,7 +301,7 @@ func (s *source) fetched(ctx context.Context, env *solver.Env, p pinned) (git *g
 	if err != nil {
 		return nil, "", nil, err
 	}
-	bare, unlock, err := s.repos.lock(s.remote)
+	bare, unlock, err := s.repos.lock(ctx, s.remote)
 	if err != nil {
 		end()
 		return nil, "", nil, err
@@ -357,13 +357,35 @@ func (s *source) PinObjects(ctx context.Context, env *solver.Env) (solver.GitObj
 	return o, err
 }
 
+// checkout fetches the commit and makes a layer of it.
 func (s *source) checkout(ctx context.Context, env *solver.Env, p pinned) (layer.ID, error) {
 	git, bare, release, err := s.fetched(ctx, env, p)
 	if err != nil {
 		return "", err
 	}
 	defer release()
+	id, err := s.commit(ctx, git, bare, p)
+	if err == nil || ctx.Err() != nil || !damaged(ctx, git, bare) {
+		return id, err
+	}
+	// A power cut may leave files of objects empty, of which git finds out only when it needs them.
+	if err := os.RemoveAll(bare); err != nil {
+		return "", err
+	}
+	if err := s.fetch(ctx, git, bare, p); err != nil {
+		return "", err
+	}
+	return s.commit(ctx, git, bare, p)
+}
 
+// damaged says that objects of the bare repository are missing or not what they were.
+func damaged(ctx context.Context, git *gitutil.GitCLI, bare string) bool {
+	_, err := git.New(gitutil.WithGitDir(bare)).Run(ctx, "fsck", "--no-dangling", "--no-progress")
+	return err != nil && ctx.Err() == nil
+}
+
+// commit checks a commit that has been fetched out into a layer.
+func (s *source) commit(ctx context.Context, git *gitutil.GitCLI, bare string, p pinned) (layer.ID, error) {
 	dir, err := s.layers.NewUpper(ctx)
 	if err != nil {
 		return "", err
@@ -692,17 +714,19 @@ func redactUser(remote string) string {
 }
 
 // lock takes the repository of a remote, until unlock.
-func (r *Repositories) lock(remote string) (dir string, unlock func(), err error) {
+func (r *Repositories) lock(ctx context.Context, remote string) (dir string, unlock func(), err error) {
 	if err := os.MkdirAll(r.dir, 0o700); err != nil {
 		return "", nil, err
 	}
 	sum := sha256.Sum256([]byte(remote))
 	name := hex.EncodeToString(sum[:16])
 	lock := r.of(name)
-	lock.Lock()
+	if err := lock.lock(ctx); err != nil {
+		return "", nil, err
+	}
 	bare := filepath.Join(r.dir, name)
 	return bare, func() {
 		noteUse(bare, remote)
-		lock.Unlock()
+		lock.unlock()
 	}, nil
 }

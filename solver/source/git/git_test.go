@@ -5,6 +5,7 @@ package git
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -372,7 +374,7 @@ func TestBrokenRepository(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bare, unlock, err := src.(*source).repos.lock(src.(*source).remote)
+	bare, unlock, err := src.(*source).repos.lock(t.Context(), src.(*source).remote)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -381,8 +383,45 @@ func TestBrokenRepository(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(bare, "HEAD")); err != nil {
 		t.Fatalf("the test looks at the wrong directory: %v", err)
 	}
-	if _, tree, _, err := f.get(url+"/project.git", "main", session{}); err != nil {
-		t.Fatalf("after a killed fetch: %v (tree %q)", err, tree)
+	_, whole, _, err := f.get(url+"/project.git", "main", session{})
+	if err != nil {
+		t.Fatalf("after a killed fetch: %v (tree %q)", err, whole)
+	}
+	// A power cut has emptied the files of what is in the commit: the commit itself is there.
+	objects := git(t, bare, "cat-file", "--batch-check=%(objecttype) %(objectname)", "--batch-all-objects")
+	emptied := 0
+	for line := range strings.Lines(objects) {
+		kind, name, _ := strings.Cut(strings.TrimSpace(line), " ")
+		path := filepath.Join(bare, "objects", name[:2], name[2:])
+		if _, err := os.Stat(path); kind != "blob" || err != nil {
+			continue
+		}
+		if err := errors.Join(os.Chmod(path, 0o644), os.Truncate(path, 0)); err != nil {
+			t.Fatal(err)
+		}
+		emptied++
+	}
+	if emptied == 0 {
+		t.Fatal("there are no such files: the test tests nothing")
+	}
+	if _, tree, _, err := f.get(url+"/project.git", "main", session{}); err != nil || !slices.Equal(tree, whole) {
+		t.Errorf("after a power cut: %q, %v", tree, err)
+	}
+}
+
+// TestWaitForRepository: who waits for a repository that somebody else uses can give up.
+func TestWaitForRepository(t *testing.T) {
+	r := NewRepositories(t.TempDir())
+	_, unlock, err := r.lock(t.Context(), "https://example.test/a.git")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := errors.New("gone")
+	cancel(gone)
+	if _, _, err := r.lock(ctx, "https://example.test/a.git"); !errors.Is(err, gone) {
+		t.Errorf("got %v", err)
 	}
 }
 

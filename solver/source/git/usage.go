@@ -18,8 +18,31 @@ import (
 type Repositories struct {
 	dir   string
 	mu    sync.Mutex // guards what follows
-	locks map[string]*sync.Mutex
+	locks map[string]repoLock
 }
+
+// repoLock is full while somebody uses a repository.
+type repoLock chan struct{}
+
+func (l repoLock) lock(ctx context.Context) error {
+	select {
+	case l <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (l repoLock) tryLock() bool {
+	select {
+	case l <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (l repoLock) unlock() { <-l }
 
 var _ cache.Source = (*Repositories)(nil)
 
@@ -35,7 +58,7 @@ func NewRepositories(dir string) *Repositories {
 	for _, file := range left {
 		_ = os.Remove(file) // it is tried again the next time
 	}
-	return &Repositories{dir: dir, locks: map[string]*sync.Mutex{}}
+	return &Repositories{dir: dir, locks: map[string]repoLock{}}
 }
 
 // temp makes a file beside the repositories, for its owner alone.
@@ -47,11 +70,11 @@ func (r *Repositories) temp(prefix string) (*os.File, error) {
 }
 
 // of returns the lock of a directory.
-func (r *Repositories) of(name string) *sync.Mutex {
+func (r *Repositories) of(name string) repoLock {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.locks[name] == nil {
-		r.locks[name] = new(sync.Mutex)
+		r.locks[name] = make(repoLock, 1)
 	}
 	return r.locks[name]
 }
@@ -83,9 +106,9 @@ func (r *Repositories) Usage(ctx context.Context) ([]cache.Usage, error) {
 			return nil, fmt.Errorf("git repositories: %w", err)
 		}
 		u := cache.Usage{ID: usageID(e.Name()), Type: cache.TypeRegular, Description: "git repository", Mutable: true, InUse: true, Size: size}
-		if lock := r.of(e.Name()); lock.TryLock() {
+		if lock := r.of(e.Name()); lock.tryLock() {
 			u.InUse = false
-			lock.Unlock()
+			lock.unlock()
 		}
 		if remote, err := os.ReadFile(filepath.Join(bare, remoteFile)); err == nil {
 			u.Description += " of " + string(remote)
@@ -110,10 +133,10 @@ func (r *Repositories) Remove(ctx context.Context, id string) (bool, error) {
 		return false, fmt.Errorf("git repository %q: no such ID", id)
 	}
 	lock := r.of(name[4:])
-	if !lock.TryLock() {
+	if !lock.tryLock() {
 		return false, nil
 	}
-	defer lock.Unlock()
+	defer lock.unlock()
 	if err := os.RemoveAll(filepath.Join(r.dir, name[4:])); err != nil {
 		return false, fmt.Errorf("delete git repository: %w", err)
 	}
