@@ -22,7 +22,8 @@ import (
 // hosts gives every host that is spoken to (registries, token servers, the stores they redirect to) the
 // connection settings that are configured for it.
 type hosts struct {
-	opts Options
+	opts    Options
+	uploads uploads
 
 	mu     sync.Mutex // guards what follows
 	byHost map[string]http.RoundTripper
@@ -31,7 +32,7 @@ type hosts struct {
 }
 
 func newHosts(opts Options) *hosts {
-	return &hosts{opts: opts, byHost: map[string]http.RoundTripper{}, files: map[string][]docker.RegistryHost{}}
+	return &hosts{opts: opts, uploads: uploads{now: map[uploading]*sending{}}, byHost: map[string]http.RoundTripper{}, files: map[string][]docker.RegistryHost{}}
 }
 
 // lastByte is the key of a context under which the last byte is that is wanted of a blob.

@@ -136,6 +136,8 @@ type uploader struct {
 	named reference.Named
 	host  docker.RegistryHost
 	base  string // of the repository's URLs
+
+	uploads *uploads
 }
 
 func (r *Registry) uploader(ctx context.Context, named reference.Named) (*uploader, error) {
@@ -149,11 +151,22 @@ func (r *Registry) uploader(ctx context.Context, named reference.Named) (*upload
 	}
 	return &uploader{
 		ctx: ctx, named: named, host: host,
-		base: host.Scheme + "://" + host.Host + host.Path + "/" + reference.Path(named) + "/",
+		base:    host.Scheme + "://" + host.Host + host.Path + "/" + reference.Path(named) + "/",
+		uploads: &r.hosts.uploads,
 	}, nil
 }
 
-func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, error), progress func(int64), part *partial) error {
+func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, error), progress func(int64), part *partial) (err error) {
+	repository := reference.Path(u.named)
+	from, end, err := u.uploads.enter(u.ctx, strings.TrimSuffix(u.base, repository+"/"), desc.Digest, repository)
+	if err != nil || from == repository {
+		return err
+	}
+	if from != "" {
+		desc = mountable(desc, u.named, from)
+	} else {
+		defer func() { end(err == nil) }()
+	}
 	there, err := u.has("blobs/"+desc.Digest.String(), desc)
 	if err != nil || there {
 		return err
@@ -161,6 +174,11 @@ func (u *uploader) blob(desc ocispec.Descriptor, open func() (io.ReadCloser, err
 	if done, err := u.goOn(desc, open, progress, part); err != nil || done {
 		return err
 	}
+	return u.send(desc, open, progress, part)
+}
+
+// send has a blob mounted that the repository does not have, or uploads it.
+func (u *uploader) send(desc ocispec.Descriptor, open func() (io.ReadCloser, error), progress func(int64), part *partial) error {
 	// Whatever is left of an earlier upload is the registry's to throw away; we begin a new one.
 	location, done, err := u.begin(desc)
 	if err != nil || done {

@@ -220,7 +220,7 @@ func (s *step) cacheDirs(ctx context.Context) (map[int]string, error) {
 	for _, key := range slices.Sorted(maps.Keys(wants)) {
 		w := wants[key]
 		n, release, err := s.op.caches.acquire(ctx, key, w.sharing, func() {
-			s.env.Progress.Log(2, []byte(fmt.Sprintf("waiting for cache mount %s, which another step has locked\n", w.info.ID)))
+			s.env.Progress.Log(2, []byte(fmt.Sprintf("waiting for cache mount %s, which another step has locked\n", MountName(w.info.ID))))
 		})
 		if err != nil {
 			return nil, err

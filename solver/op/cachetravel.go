@@ -32,10 +32,10 @@ func (s *step) restoreMount(ctx context.Context, info cacheMountInfo, dir string
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
 	case err != nil:
-		s.env.Progress.Warn(fmt.Sprintf("cache mount %s begins empty: %v", info.ID, err))
+		s.env.Progress.Warn(fmt.Sprintf("cache mount %s begins empty: %v", MountName(info.ID), err))
 		return false, emptyDir(dir)
 	case ok:
-		s.env.Progress.Log(2, fmt.Appendf(nil, "cache mount %s: restored %s\n", info.ID, what))
+		s.env.Progress.Log(2, fmt.Appendf(nil, "cache mount %s: restored %s\n", MountName(info.ID), what))
 	}
 	return ok, nil
 }
