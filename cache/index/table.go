@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"unsafe"
 
 	"github.com/opencontainers/go-digest"
@@ -67,6 +68,22 @@ func New(entries []Entry) *Index {
 // an unknown type, or an entry below something that is no directory is an error.
 func NewChecked(entries []Entry) (*Index, error) {
 	return build(entries, true)
+}
+
+// MaxPath is the longest path of an entry in bytes, twice what the kernel takes in one piece, and MaxDepth how many names it may have. Indexes of
+// deeper trees would soon need more memory than there is: a name of a megabyte in a tar is half a million directories, each with a path.
+const (
+	MaxPath  = 8 << 10
+	MaxDepth = 1 << 10
+)
+
+// CheckLength refuses a path longer than MaxPath or deeper than MaxDepth. The error wraps syscall.ENAMETOOLONG.
+func CheckLength(path string) error {
+	const short = 2*MaxDepth - 1 // cannot be too deep
+	if len(path) <= short || len(path) <= MaxPath && strings.Count(path, "/") < MaxDepth {
+		return nil
+	}
+	return fmt.Errorf("path of %d bytes, %.256q…: %w", len(path), path, syscall.ENAMETOOLONG)
 }
 
 // CheckPath says whether path is one an Entry may have: "" or slash-separated names, none of them empty, "." or

@@ -20,8 +20,11 @@ const maxSteps = 255
 // Resolve returns the path in t that path, taken from the root, leads to, with symlinks resolved inside the
 // root: an absolute target starts at the root and ".." never leaves it. The last component is only followed when
 // followLast is set. Components that do not exist (or lie below a file) are kept as they are. The error, after
-// 255 symlinks, wraps syscall.ELOOP.
+// 255 symlinks, wraps syscall.ELOOP; that of a path longer than MaxPath, or that becomes so, ENAMETOOLONG.
 func Resolve(t Tree, path string, followLast bool) (string, error) {
+	if err := CheckLength(strings.TrimPrefix(path, "/")); err != nil {
+		return "", fmt.Errorf("resolve %w", err)
+	}
 	done, rest, steps := "", path, 0
 	for rest != "" {
 		name, after, more := strings.Cut(rest, "/")
@@ -37,6 +40,9 @@ func Resolve(t Tree, path string, followLast bool) (string, error) {
 		last := !more || strings.Trim(rest, "/") == ""
 		e, ok := t.Lookup(next)
 		if !ok || e.Type != Symlink || last && !followLast {
+			if err := CheckLength(next); err != nil {
+				return "", fmt.Errorf("resolve %w", err)
+			}
 			done = next
 			continue
 		}

@@ -28,6 +28,8 @@ type Draft struct {
 	mu   sync.Mutex // guards what follows
 	root *draftNode
 	err  error // the first change that could not be made; Commit returns it
+	// memory is what the changes take.
+	memory budget
 }
 
 // draftNode is a path that the layer may have an entry for.
@@ -241,6 +243,10 @@ func (d *Draft) Put(e index.Entry, open func() (io.ReadCloser, error)) {
 		d.fail(err)
 		return
 	}
+	if err := d.memory.take(e.Path, e.Target, e.Xattrs); err != nil {
+		d.fail(err)
+		return
+	}
 	if e.Type == index.Whiteout {
 		d.remove(e.Path)
 		return
@@ -327,6 +333,9 @@ func (d *Draft) directory(path string) *draftNode {
 	if n != nil && n.isDir() {
 		return n
 	}
+	if err := d.memory.take(path, "", nil); err != nil {
+		d.fail(err)
+	}
 	fresh := &draftNode{file: &draftFile{entry: index.Entry{Type: index.Dir, Mode: 0o755, Offset: -1}}}
 	if parent.merged {
 		if below, ok := d.base.Lookup(path); ok {
@@ -383,7 +392,7 @@ func (d *Draft) fail(err error) {
 
 // checkEntry refuses entries that no layer can have.
 func checkEntry(e *index.Entry) error {
-	if err := index.CheckPath(e.Path); err != nil {
+	if err := errors.Join(index.CheckLength(e.Path), index.CheckPath(e.Path)); err != nil {
 		return err
 	}
 	for rest := e.Path; rest != ""; {
@@ -399,6 +408,10 @@ func checkEntry(e *index.Entry) error {
 	switch {
 	case e.Type < index.Dir || e.Type > index.Whiteout:
 		return fmt.Errorf("%q: unknown type %d", e.Path, e.Type)
+	case (e.Type == index.CharDevice || e.Type == index.BlockDevice) && (e.Major >= 1<<12 || e.Minor >= 1<<20):
+		return fmt.Errorf("%q: device %d:%d is out of range", e.Path, e.Major, e.Minor)
+	case e.Type == index.CharDevice && e.Major == 0 && e.Minor == 0:
+		return fmt.Errorf("%q: a character device 0:0 is a mark of the file system that hides a file, and cannot be in an image", e.Path)
 	case e.Size < 0:
 		return fmt.Errorf("%q: size %d", e.Path, e.Size)
 	case e.Type == index.Symlink && (e.Target == "" || len(e.Target) > maxSymlinkTarget || strings.Contains(e.Target, "\x00")):

@@ -883,6 +883,7 @@ func TestUnpackForeignTars(t *testing.T) {
 func TestUnpackRefuses(t *testing.T) {
 	s := openStore(t, Options{NoEROFS: true})
 	good := makeTar(t, reg("f", strings.Repeat("x", 5000)))
+	long := strings.Repeat("n", 250)
 	for _, tt := range []struct {
 		name, want string
 		tar        []byte
@@ -904,6 +905,10 @@ func TestUnpackRefuses(t *testing.T) {
 			"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "f", "GNU.sparse.realsize": "1152921504606846976",
 		}), makeTar(t)...)},
 		{"long name", "too long", makeTar(t, reg(strings.Repeat("n", 256), ""))},
+		{"long path", "too long", makeTar(t, reg(strings.Repeat("a/", 10_000)+"f", ""))},
+		{"deep path", "too long", makeTar(t, reg(strings.Repeat("a/", index.MaxDepth)+"f", ""))},
+		{"long path of a link", "too long", makeTar(t, hardlink("a", strings.Repeat("a/", 10_000)+"f"))},
+		{"long path by symlinks", "too long", makeTar(t, symlinkTo("s", strings.Repeat(long+"/", 16)), symlinkTo("s/s", strings.Repeat(long+"/", 16)), symlinkTo("s/s/s", strings.Repeat(long+"/", 16)), reg("s/s/s/f", ""))},
 	} {
 		id, err := s.Unpack(t.Context(), bytes.NewReader(tt.tar), "", nil)
 		if err == nil || !strings.Contains(err.Error(), tt.want) {

@@ -310,6 +310,9 @@ func (sc *treeScan) walk(ctx context.Context, path string, dir *os.File) error {
 		var st unix.Stat_t
 		fd := int(dir.Fd())
 		child := index.Join(path, name)
+		if err := index.CheckLength(child); err != nil {
+			return err
+		}
 		if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return &os.PathError{Op: "lstat", Path: child, Err: err}
 		}

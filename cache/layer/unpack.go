@@ -141,6 +141,7 @@ type unpacker struct {
 	answers map[string]string
 	root    *unpackNode
 	entries int
+	memory  budget
 	// scattered says that the bytes of some file are not in the tar in one piece.
 	scattered bool
 	treeBytes int64
@@ -231,20 +232,23 @@ func (u *unpacker) read(p *pump) error {
 		if u.entries++; u.entries > maxEntries {
 			return fmt.Errorf("more than %d entries", maxEntries)
 		}
+		if err := u.memory.take(h.Name, h.Linkname, h.PAXRecords); err != nil {
+			return err
+		}
 		offset := p.read
 		var sum digest.Digest
 		if h.Typeflag == tar.TypeReg || h.Typeflag == tar.TypeGNUSparse || h.Typeflag == tar.TypeCont {
 			if h.Size > maxSparse && isSparse(h) {
 				// A few bytes of tar can promise any number of zeros, and all of them have to be hashed.
-				return fmt.Errorf("entry %q: a sparse file of %d bytes is too large", h.Name, h.Size)
+				return fmt.Errorf("entry %q: a sparse file of %d bytes is too large", shown(h.Name), h.Size)
 			}
 			hash := sha256.New()
 			n, err := io.CopyBuffer(hash, onlyReader{tr}, buf)
 			if err != nil {
-				return fmt.Errorf("entry %q: %w", h.Name, err)
+				return fmt.Errorf("entry %q: %w", shown(h.Name), err)
 			}
 			if n != h.Size {
-				return fmt.Errorf("entry %q: %d bytes instead of %d", h.Name, n, h.Size)
+				return fmt.Errorf("entry %q: %d bytes instead of %d", shown(h.Name), n, h.Size)
 			}
 			sum = digest.NewDigest(digest.SHA256, hash)
 		}
@@ -255,7 +259,7 @@ func (u *unpacker) read(p *pump) error {
 			u.scattered = true
 		}
 		if err := u.add(h, file, offset, sum); err != nil {
-			return fmt.Errorf("entry %q: %w", h.Name, err)
+			return fmt.Errorf("entry %q: %w", shown(h.Name), err)
 		}
 	}
 }
@@ -289,6 +293,9 @@ func cleanName(name string) (string, error) {
 		}
 	}
 	clean := strings.TrimPrefix(path.Clean("/"+name), "/")
+	if err := index.CheckLength(clean); err != nil {
+		return "", err
+	}
 	for part := range strings.SplitSeq(clean, "/") {
 		if len(part) > maxNameLen {
 			return "", errors.New("file name too long")
@@ -330,7 +337,7 @@ func (u *unpacker) add(h *tar.Header, file *unpackFile, offset int64, sum digest
 	}
 	if h.Typeflag == tar.TypeLink {
 		if file, err = u.linked(h.Linkname); err != nil {
-			return fmt.Errorf("hard link to %q: %w", h.Linkname, err)
+			return fmt.Errorf("hard link to %q: %w", shown(h.Linkname), err)
 		}
 	}
 	if file.entry.Type == index.Whiteout { // as a device 0:0, in overlayfs's way
@@ -406,6 +413,9 @@ func (u *unpacker) directory(path string) (*unpackNode, error) {
 		case child == nil || child.typ() == index.Whiteout:
 			if len(name) > maxNameLen {
 				return nil, errors.New("file name too long")
+			}
+			if err := u.memory.take(done, "", nil); err != nil {
+				return nil, err
 			}
 			fresh := &unpackNode{implicit: true, file: &unpackFile{entry: index.Entry{Type: index.Dir, Mode: 0o755, Offset: -1}}}
 			fresh.file.entry.Opaque, fresh.anew = child != nil, child != nil
