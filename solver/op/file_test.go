@@ -6,10 +6,12 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"errors"
 	"io"
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -286,6 +288,29 @@ func archiveBytes(t *testing.T) []byte {
 		t.Fatal(err)
 	}
 	return b.Bytes()
+}
+
+// TestUnpackLongNames adds an archive of a kilobyte whose names would take more memory than there is.
+func TestUnpackLongNames(t *testing.T) {
+	d := newDeps(t)
+	for name, h := range map[string]tar.Header{
+		"file": {Name: strings.Repeat("a/", 400_000) + "f", Typeflag: tar.TypeReg},
+		"link": {Name: "l", Linkname: strings.Repeat("a/", 400_000) + "f", Typeflag: tar.TypeLink},
+	} {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		if err := errors.Join(w.WriteHeader(&h), w.Close()); err != nil {
+			t.Fatal(err)
+		}
+		src := commitTree(t, d, nil, []node{{Entry: index.Entry{
+			Path: "a.tar", Type: index.File, Mode: 0o644, Size: int64(b.Len()), Digest: digest.FromBytes(b.Bytes()), Offset: -1,
+		}, content: b.String()}})
+		a := dockerCopy("/a.tar", "/dst")
+		a.AttemptUnpackDockerCompatibility = true
+		if _, err := runOp(t, d, copyOp(a), nil, src); !errors.Is(err, syscall.ENAMETOOLONG) || len(err.Error()) > 4096 {
+			t.Errorf("%s: %.1000v", name, err)
+		}
+	}
 }
 
 func TestUnpack(t *testing.T) {

@@ -133,7 +133,7 @@ func (c *copier) unpackArchive(ctx context.Context, m match) (bool, error) {
 			return true, err
 		}
 		if err := u.entry(ctx, hdr, tr); err != nil {
-			return true, fmt.Errorf("entry %q: %w", hdr.Name, err)
+			return true, fmt.Errorf("entry %.256q: %w", hdr.Name, err)
 		}
 	}
 	if err != io.EOF {
@@ -180,6 +180,9 @@ func (u *unpacker) place(e index.Entry, open func() (io.ReadCloser, error)) {
 // are symlinks but never out of the root, what is there is replaced, and directories are merged.
 func (u *unpacker) entry(ctx context.Context, hdr *tar.Header, r io.Reader) error {
 	name := relative(path.Join("/", hdr.Name))
+	if err := index.CheckLength(name); err != nil {
+		return err
+	}
 	modTime := max(hdr.ModTime.UnixNano(), 0)
 	dir, err := index.Resolve(u.root, index.Parent(name), true)
 	if err != nil {
@@ -210,6 +213,9 @@ func (u *unpacker) entry(ctx context.Context, hdr *tar.Header, r io.Reader) erro
 	}
 	target := index.Join(dir, index.Base(name))
 	e.Path = u.root.abs(target)
+	if err := index.CheckLength(e.Path); err != nil {
+		return err
+	}
 	var open func() (io.ReadCloser, error)
 	switch hdr.Typeflag {
 	case tar.TypeXGlobalHeader:
@@ -285,9 +291,9 @@ func (u *unpacker) hardLink(ctx context.Context, e index.Entry, hdr *tar.Header,
 	old, ok := u.to.Lookup(from)
 	switch {
 	case !ok:
-		return fmt.Errorf("hard link to %q: %w", hdr.Linkname, fs.ErrNotExist)
+		return fmt.Errorf("hard link to %.256q: %w", hdr.Linkname, fs.ErrNotExist)
 	case old.Type == index.Dir:
-		return fmt.Errorf("hard link to %q, which is a directory", hdr.Linkname)
+		return fmt.Errorf("hard link to %.256q, which is a directory", hdr.Linkname)
 	case from == e.Path:
 		return nil
 	}
