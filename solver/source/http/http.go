@@ -73,9 +73,12 @@ func New(deps Deps) func(*solver.Vertex) (solver.Source, error) {
 	}
 	client := &http.Client{
 		Transport: deps.Transport,
-		CheckRedirect: func(_ *http.Request, via []*http.Request) error {
+		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) >= maxRedirects {
 				return fmt.Errorf("stopped after %d redirects", maxRedirects)
+			}
+			if !mayKnow(via[0].URL, req.URL) {
+				req.Header.Del("Authorization")
 			}
 			return nil
 		},
@@ -97,6 +100,15 @@ func New(deps Deps) func(*solver.Vertex) (solver.Source, error) {
 		}
 		return s, nil
 	}
+}
+
+// mayKnow says whether what authorizes requests for one address may be sent to another, to which its server has redirected us: the same
+// server, and not without TLS if there was TLS. (Go's client asks only for the host's name, or one below it.)
+func mayKnow(from, to *url.URL) bool {
+	if from.Scheme == "http" && to.Scheme == "https" && from.Port() == "" && to.Port() == "" {
+		return from.Hostname() == to.Hostname()
+	}
+	return from.Scheme == to.Scheme && from.Host == to.Host
 }
 
 type source struct {

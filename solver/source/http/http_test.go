@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -278,6 +279,42 @@ func TestHTTPAuth(t *testing.T) {
 	_, _, err := f.get("/files/c", map[string]string{pb.AttrHTTPAuthHeaderSecret: "none"})
 	if err == nil || !strings.Contains(err.Error(), "secret none") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestHTTPAuthRedirected: what authorizes requests is for the server that the address names, and not for one that it names in turn.
+func TestHTTPAuthRedirected(t *testing.T) {
+	f := newFixture(t)
+	f.env.Session = &session{secrets: map[string]string{"HTTP_AUTH_TOKEN_127.0.0.1": "tok"}}
+	f.want("/redirect/x", nil, "x 600 0:0 @0 =hello", 1)
+	if got := f.site.seen.Get("Authorization"); got != "Bearer tok" {
+		t.Errorf("the same server gets %q", got)
+	}
+	front := httptest.NewServer(http.RedirectHandler(f.site.URL+"/files/real.txt", http.StatusFound))
+	defer front.Close()
+	behind := f.site.Server
+	f.site.Server = front
+	f.want("/x", nil, "x 600 0:0 @0 =hello", 2)
+	f.site.Server = behind
+	if got := f.site.seen.Get("Authorization"); got != "" {
+		t.Errorf("another server gets %q", got)
+	}
+	for _, tt := range []struct {
+		from, to string
+		want     bool
+	}{
+		{"https://a/x", "https://a/y", true},
+		{"https://a/x", "http://a/y", false},
+		{"http://a/x", "https://a/y", true},
+		{"http://a:1/x", "https://a:2/y", false},
+		{"https://a/x", "https://b.a/y", false},
+		{"https://a:1/x", "https://a:2/y", false},
+	} {
+		from, _ := url.Parse(tt.from)
+		to, _ := url.Parse(tt.to)
+		if got := mayKnow(from, to); got != tt.want {
+			t.Errorf("mayKnow(%s, %s) = %v", from, to, got)
+		}
 	}
 }
 
