@@ -231,7 +231,7 @@ func environment(env []string) ([]string, error) {
 	for _, kv := range slices.Backward(env) {
 		name, value, ok := strings.Cut(kv, "=")
 		if !ok || name == "" || strings.IndexByte(kv, 0) >= 0 {
-			return nil, fmt.Errorf("invalid environment variable %q", kv)
+			return nil, fmt.Errorf("invalid environment variable %q", name) // its value may be a secret
 		}
 		if seen[name] || name == "HOME" && value == "" {
 			continue

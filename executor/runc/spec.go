@@ -182,14 +182,18 @@ func check(s executor.Spec) error {
 	default:
 		return fmt.Errorf("network mode %q is not supported yet", s.Network)
 	}
-	for _, text := range slices.Concat(s.Args, s.Env) {
+	for _, text := range s.Args {
 		if strings.IndexByte(text, 0) >= 0 {
-			return fmt.Errorf("argument or variable %q contains a zero byte", text)
+			return fmt.Errorf("argument %q contains a zero byte", text)
 		}
 	}
-	for _, e := range s.Env {
-		if name, _, ok := strings.Cut(e, "="); !ok || name == "" {
-			return fmt.Errorf("environment variable %q: want NAME=value", e)
+	for _, e := range s.Env { // values are not shown: they may be secrets
+		name, _, ok := strings.Cut(e, "=")
+		switch {
+		case strings.IndexByte(e, 0) >= 0:
+			return fmt.Errorf("environment variable %q contains a zero byte", name)
+		case !ok || name == "":
+			return errors.New("an environment variable has no name: want NAME=value")
 		}
 	}
 	for _, m := range s.Mounts {

@@ -114,7 +114,8 @@ func TestRuntimeSpecRefuses(t *testing.T) {
 		{`network mode "container:x" is not supported yet`, func(s *executor.Spec) { s.Network = "container:x" }},
 		{`network mode "" is not supported yet`, func(s *executor.Spec) { s.Network = "" }},
 		{`zero byte`, func(s *executor.Spec) { s.Args = []string{"a\x00b"} }},
-		{`environment variable "=x"`, func(s *executor.Spec) { s.Env = []string{"=x"} }},
+		{`environment variable "A" contains a zero byte`, func(s *executor.Spec) { s.Env = []string{"A=secret\x00"} }},
+		{`environment variable has no name`, func(s *executor.Spec) { s.Env = []string{"=secret"} }},
 		{`unknown capability "fly"`, func(s *executor.Spec) { s.CapAdd = []string{"fly"} }},
 		{`capability CAP_SYS_TIME cannot be added`, func(s *executor.Spec) { s.CapAdd = []string{"SYS_TIME"} }},
 		{`unknown ulimit "files"`, func(s *executor.Spec) { s.Ulimits = []executor.Ulimit{{Name: "files"}} }},
@@ -129,7 +130,7 @@ func TestRuntimeSpecRefuses(t *testing.T) {
 		tc.change(&s)
 		h := testHost()
 		h.Capabilities = slices.DeleteFunc(slices.Clone(h.Capabilities), func(c string) bool { return c == "CAP_SYS_TIME" })
-		if _, err := runtimeSpec(s, h); err == nil || !strings.Contains(err.Error(), tc.want) {
+		if _, err := runtimeSpec(s, h); err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("error %v, want one with %q", err, tc.want)
 		}
 	}
