@@ -27,6 +27,8 @@ const (
 	// dnsResend is when a question is asked again, for a datagram may be lost; every time the wait is twice as long. A resolver in a
 	// container asks again after five seconds.
 	dnsResend = time.Second
+	// maxDNSConnections bounds the connections of containers that are served at once: each takes two descriptors of this process.
+	maxDNSConnections = 128
 )
 
 // DNS is how names are resolved instead of the host's way. What is empty is as on the host.
@@ -281,6 +283,7 @@ func askUDP(ctx context.Context, server string, query []byte, timeout time.Durat
 }
 
 func (d *dnsForwarder) serveTCP(ctx context.Context) {
+	slots := make(chan struct{}, maxDNSConnections)
 	for {
 		client, err := d.tcp.Accept()
 		if err != nil {
@@ -293,7 +296,16 @@ func (d *dnsForwarder) serveTCP(ctx context.Context) {
 			client.Close()
 			continue
 		}
-		d.wg.Go(func() { d.forwardTCP(ctx, client) })
+		select {
+		case slots <- struct{}{}:
+		default:
+			client.Close() // overloaded: the client asks again
+			continue
+		}
+		d.wg.Go(func() {
+			defer func() { <-slots }()
+			d.forwardTCP(ctx, client)
+		})
 	}
 }
 

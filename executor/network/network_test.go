@@ -310,6 +310,35 @@ func TestDNSForwarder(t *testing.T) {
 	}
 }
 
+// TestDNSForwarderIsBounded: a container that opens connection after connection takes nobody else's descriptors, and those that there are go on.
+func TestDNSForwarderIsBounded(t *testing.T) {
+	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
+	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), netip.Prefix{}, func() []string { return []string{upstream} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	var conns []net.Conn
+	for range maxDNSConnections + 1 {
+		c, err := net.Dial("tcp", d.tcp.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conns = append(conns, c)
+	}
+	if n, err := conns[maxDNSConnections].Read(make([]byte, 1)); err == nil {
+		t.Errorf("one connection too many gets %d bytes", n)
+	}
+	first := conns[0].(*net.TCPConn)
+	first.Write([]byte("query"))
+	first.CloseWrite()
+	buf := make([]byte, 100)
+	if n, err := first.Read(buf); err != nil || string(buf[:n]) != "query" {
+		t.Errorf("the first connection: %q, %v", buf[:n], err)
+	}
+}
+
 // TestDNSForwarderServes: neighbours of the host are not answered.
 func TestDNSForwarderServes(t *testing.T) {
 	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
