@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	confs "github.com/containerd/continuity/fs"
+	"golang.org/x/sys/unix"
 )
 
 // volumes keeps volumes as directories, DIR/NAME/_data. Named ones last; an anonymous one (its name is an ID) goes with the
@@ -60,7 +61,7 @@ func (v *volumes) ensure(name string, anonymous bool, from string) (string, erro
 		if entries, err := os.ReadDir(data); err != nil || len(entries) > 0 {
 			return data, err
 		}
-		return data, fill(data, from)
+		return data, v.fillUsed(data, from)
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("volume %s: %w", name, err)
 	}
@@ -91,6 +92,44 @@ func (v *volumes) ensure(name string, anonymous bool, from string) (string, erro
 		return "", fmt.Errorf("make volume %s: %w", name, err)
 	}
 	return data, nil
+}
+
+// fillUsed is fill for a volume that containers may be using: it is copied aside, and what is done goes in by names. Whoever writes to the volume
+// meanwhile could otherwise lead the copy elsewhere, by a symlink where a directory of it is due. What is there already stays.
+func (v *volumes) fillUsed(data, from string) error {
+	tmp, err := os.MkdirTemp(v.dir, ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	inner := filepath.Join(tmp, "_data")
+	if err := os.Mkdir(inner, 0o755); err != nil {
+		return err
+	}
+	if err := fill(inner, from); err != nil {
+		return err
+	}
+	// The directory itself is mounted in the containers and cannot be replaced.
+	to, err := unix.Open(data, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: data, Err: err}
+	}
+	defer unix.Close(to)
+	entries, err := os.ReadDir(inner)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name := filepath.Join(inner, e.Name())
+		err := unix.Renameat2(unix.AT_FDCWD, name, to, e.Name(), unix.RENAME_NOREPLACE)
+		if errors.Is(err, unix.EEXIST) {
+			err = os.RemoveAll(name)
+		}
+		if err != nil {
+			return fmt.Errorf("move %s into the volume: %w", e.Name(), err)
+		}
+	}
+	return confs.CopyDir(data, inner) // what it is itself: nothing is in it any more
 }
 
 // fill copies the directory from to dir with owners, modes, times, links and attributes.
