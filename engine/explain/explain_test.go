@@ -222,6 +222,29 @@ func TestRedaction(t *testing.T) {
 	}
 }
 
+// TestRedactionOfCaches: clients tell the frontend of the caches to import, with the keys that open them.
+func TestRedactionOfCaches(t *testing.T) {
+	const key = `wJalr<&>"XUtnFEMI`
+	imports, err := json.Marshal([]map[string]any{
+		{"Type": "registry", "Attrs": map[string]string{"ref": "reg.test/cache"}},
+		{"Type": "s3", "Attrs": map[string]string{"bucket": "ours", "secret_access_key": key, "session_token": "FwoGZXIvYXdzEBYa"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	attrs := map[string]string{"cache-imports": string(imports)}
+	shown := Attrs(attrs, "salt")["cache-imports"]
+	text := NewRedactor("salt", attrs, nil).Text("403 for " + key + " and FwoGZXIvYXdzEBYa at ours")
+	for _, s := range []string{shown, text} {
+		if strings.Contains(s, "XUtnFEMI") || strings.Contains(s, "FwoGZX") || !strings.Contains(s, "ours") {
+			t.Errorf("shown: %s", s)
+		}
+	}
+	if attrs["cache-imports"] != string(imports) {
+		t.Error("the request itself has been changed")
+	}
+}
+
 func TestArguments(t *testing.T) {
 	src := &pb.SourceInfo{Data: []byte("ARG BASE=x\nFROM $BASE\narg A B=1\nENV C=1 D=2\nENV E f g\nARG C\n# ARG NO\n")}
 	got := arguments([]solver.Report{{Vertex: &solver.Vertex{Sources: []*pb.SourceInfo{src, src}}}})

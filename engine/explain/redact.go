@@ -50,9 +50,7 @@ func newRedactor(salt string) *Redactor { return &Redactor{salt: salt, hidden: m
 // NewRedactor learns what is secret from a request's attributes and from what its steps' keys were made of.
 func NewRedactor(salt string, attrs map[string]string, reports []solver.Report) *Redactor {
 	r := newRedactor(salt)
-	for name, value := range attrs {
-		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
-	}
+	r.learnAttrs(attrs)
 	for i := range reports {
 		for _, p := range reports[i].RecipeParts {
 			if name, ok := strings.CutPrefix(p.Name, "env "); ok {
@@ -90,6 +88,30 @@ func (r *Redactor) learn(name, value string) {
 	}
 }
 
+// cacheImports is the attribute in which clients tell frontends of the caches that the build may use: JSON, with what opens them (an S3
+// bucket's key).
+const cacheImports = "cache-imports"
+
+// learnAttrs learns from the attributes of a build request.
+func (r *Redactor) learnAttrs(attrs map[string]string) {
+	for name, value := range attrs {
+		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
+	}
+	r.learnCaches(attrs[cacheImports])
+}
+
+func (r *Redactor) learnCaches(value string) {
+	var caches []struct{ Attrs map[string]string }
+	if json.Unmarshal([]byte(value), &caches) != nil {
+		return // nobody can use it either
+	}
+	for _, c := range caches {
+		for name, value := range c.Attrs {
+			r.learn(name, value)
+		}
+	}
+}
+
 // mark stands for a value: equal values have equal marks, unless there is no salt.
 func (r *Redactor) mark(value string) string {
 	if r.salt == "" {
@@ -117,6 +139,7 @@ func (r *Redactor) part(p record.Part) record.Part {
 // Attrs returns the attributes of a build request for its record: without secrets.
 func Attrs(attrs map[string]string, salt string) map[string]string {
 	r := newRedactor(salt)
+	r.learnCaches(attrs[cacheImports])
 	out := maps.Clone(attrs)
 	for name, value := range attrs {
 		out[name] = r.text(value)
@@ -131,9 +154,7 @@ func Attrs(attrs map[string]string, salt string) map[string]string {
 // have been used for a secret is not shown. attrs are those of the build request.
 func Hide(attrs map[string]string) func(rec *record.Record) (shown *record.Record, hidden bool) {
 	r := newRedactor("")
-	for name, value := range attrs {
-		r.learn(strings.TrimPrefix(name, "build-arg:"), value)
-	}
+	r.learnAttrs(attrs)
 	return func(rec *record.Record) (*record.Record, bool) {
 		for _, p := range rec.Parts {
 			if name, ok := strings.CutPrefix(p.Name, "env "); ok {
