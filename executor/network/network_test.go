@@ -285,13 +285,24 @@ func TestPublishRefuses(t *testing.T) {
 	}
 }
 
+// newTestForwarder starts a forwarder on loopback. The port that the kernel gives for UDP may be taken for TCP: then it is asked for another.
+func newTestForwarder(t *testing.T, clients netip.Prefix, upstream ...string) *dnsForwarder {
+	t.Helper()
+	for try := 1; ; try++ {
+		d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), clients, func() []string { return upstream })
+		if err == nil {
+			t.Cleanup(d.close)
+			return d
+		}
+		if !errors.Is(err, unix.EADDRINUSE) || try == 100 {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestDNSForwarder(t *testing.T) {
 	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
-	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), netip.Prefix{}, func() []string { return []string{"127.0.0.1:1", upstream} })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.close()
+	d := newTestForwarder(t, netip.Prefix{}, "127.0.0.1:1", upstream)
 	for _, network := range []string{"udp", "tcp"} {
 		c, err := net.Dial(network, d.udp.LocalAddr().String())
 		if err != nil {
@@ -313,11 +324,7 @@ func TestDNSForwarder(t *testing.T) {
 // TestDNSForwarderIsBounded: a container that opens connection after connection takes nobody else's descriptors, and those that there are go on.
 func TestDNSForwarderIsBounded(t *testing.T) {
 	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
-	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), netip.Prefix{}, func() []string { return []string{upstream} })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.close()
+	d := newTestForwarder(t, netip.Prefix{}, upstream)
 	var conns []net.Conn
 	for range maxDNSConnections + 1 {
 		c, err := net.Dial("tcp", d.tcp.Addr().String())
@@ -342,11 +349,7 @@ func TestDNSForwarderIsBounded(t *testing.T) {
 // TestDNSForwarderServes: neighbours of the host are not answered.
 func TestDNSForwarderServes(t *testing.T) {
 	upstream := net.JoinHostPort("127.0.0.1", strconv.Itoa(int(echoServer(t))))
-	d, err := newDNSForwarder(netip.MustParseAddrPort("127.0.0.1:0"), netip.MustParsePrefix("127.0.5.0/24"), func() []string { return []string{upstream} })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.close()
+	d := newTestForwarder(t, netip.MustParsePrefix("127.0.5.0/24"), upstream)
 	for from, want := range map[string]bool{"127.0.5.9": true, "127.0.6.9": false} {
 		for _, network := range []string{"udp4", "tcp4"} {
 			dialer := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(from)}}
