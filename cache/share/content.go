@@ -3,10 +3,15 @@
 package share
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
+	"strings"
+	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -22,14 +27,24 @@ type Content struct {
 	manifest ocispec.Descriptor
 	// last is what name "" stands for.
 	last digest.Digest
+	// writer tells the writes of this export from those of others: two processes that write to a directory under one name take each other's
+	// files away.
+	writer string
+	claim  sync.Once
 }
+
+// writePrefix is what the names of our writes begin with. One that nobody has written to for as long as abandoned is of an export that was killed.
+const (
+	writePrefix = "slipway-cache-"
+	abandoned   = 24 * time.Hour
+)
 
 var _ Backend = (*Content)(nil)
 
 // OpenContent returns the Backend of a content store. last is the manifest that Ref and PutRef call "", "" when there is none or it is
 // not known.
 func OpenContent(store content.Store, last digest.Digest) *Content {
-	return &Content{store: store, last: last}
+	return &Content{store: store, last: last, writer: rand.Text()}
 }
 
 // Manifest is what the last PutRef has written, which now needs a tag.
@@ -37,6 +52,7 @@ func (c *Content) Manifest() ocispec.Descriptor { return c.manifest }
 
 // Missing implements Backend.
 func (c *Content) Missing(ctx context.Context, descs []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	c.claim.Do(func() { c.use(ctx) })
 	var missing []ocispec.Descriptor
 	for _, d := range descs {
 		info, err := c.store.Info(ctx, d.Digest)
@@ -48,6 +64,13 @@ func (c *Content) Missing(ctx context.Context, descs []ocispec.Descriptor) ([]oc
 		}
 	}
 	return missing, nil
+}
+
+// use writes what every cache has, without looking whether it is there. BuildKit's client lets nobody delete blobs from its directory (reset=true) from
+// the first attempt to write until the export has its tag, also such as were there already.
+func (c *Content) use(ctx context.Context) {
+	// Whoever writes more says what is wrong.
+	_ = c.write(ctx, descriptorOf(MediaTypeConfig, emptyConfig), func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(emptyConfig)), nil })
 }
 
 // Open implements Backend.
@@ -70,10 +93,15 @@ func (c *Content) Open(ctx context.Context, desc ocispec.Descriptor, offset, len
 
 // Put implements Backend.
 func (c *Content) Put(ctx context.Context, desc ocispec.Descriptor, open func() (io.ReadCloser, error)) error {
+	c.claim.Do(func() { c.use(ctx) })
 	if info, err := c.store.Info(ctx, desc.Digest); err == nil && info.Size == desc.Size {
 		return nil
 	}
-	w, err := content.OpenWriter(ctx, c.store, content.WithRef("slipway-cache-"+desc.Digest.String()), content.WithDescriptor(desc))
+	return c.write(ctx, desc, open)
+}
+
+func (c *Content) write(ctx context.Context, desc ocispec.Descriptor, open func() (io.ReadCloser, error)) error {
+	w, err := content.OpenWriter(ctx, c.store, content.WithRef(writePrefix+desc.Digest.String()+"-"+c.writer), content.WithDescriptor(desc))
 	if errdefs.IsAlreadyExists(err) {
 		return nil
 	}
@@ -133,7 +161,21 @@ func (c *Content) PutRef(ctx context.Context, _ string, document []byte, blobs [
 		return err
 	}
 	c.manifest = desc
+	c.sweep(ctx)
 	return nil
+}
+
+// sweep ends the writes of exports that were killed long ago. If that cannot be done the next export tries.
+func (c *Content) sweep(ctx context.Context) {
+	writes, err := c.store.ListStatuses(ctx)
+	if err != nil {
+		return
+	}
+	for _, w := range writes {
+		if strings.HasPrefix(w.Ref, writePrefix) && time.Since(w.UpdatedAt) > abandoned {
+			_ = c.store.Abort(ctx, w.Ref)
+		}
+	}
 }
 
 // Close implements Backend.

@@ -10,12 +10,29 @@ import (
 	"strings"
 
 	bkclient "github.com/moby/buildkit/client"
+	"github.com/sirupsen/logrus"
 
 	"github.com/seed-68981b69/slipway/cache/share/s3"
 )
 
+// cacheLogs drops what containerd's content store logs of every directory that a cache is in, and what is no matter of the user's.
+type cacheLogs struct{ logrus.Formatter }
+
+// Format implements logrus.Formatter.
+func (l cacheLogs) Format(e *logrus.Entry) ([]byte, error) {
+	if strings.HasPrefix(e.Message, "failed check for fsverity support") {
+		return nil, nil
+	}
+	return l.Formatter.Format(e)
+}
+
 // cacheOptions reads the values of --cache-from and --cache-to, as docker buildx does: a reference alone is one of a registry.
 func cacheOptions(flag string, specs []string) ([]bkclient.CacheOptionsEntry, error) {
+	if logger := logrus.StandardLogger(); len(specs) > 0 {
+		if _, set := logger.Formatter.(cacheLogs); !set {
+			logger.SetFormatter(cacheLogs{logger.Formatter})
+		}
+	}
 	var out []bkclient.CacheOptionsEntry
 	for _, spec := range specs {
 		fields, err := csv.NewReader(strings.NewReader(spec)).Read()
