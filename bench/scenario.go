@@ -60,7 +60,7 @@ type contestant struct {
 var scenarios = []*scenario{
 	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, wide8, fanout8, copyFrom, concurrent2, concurrent8,
 	exportPlain, exportGzip, exportZstd, exportAgain, push1GB, pushPipelined, pullGzip, pullZstd,
-	goCold, goChange, goMounts, remoteNoop, remoteChange, remoteNode, runTrue, cliStart, daemonStart, idle, du, prune,
+	goCold, goChange, goMounts, remoteNoop, remoteChange, remoteNode, smallFiles, aptInstall, runTrue, runBridge, cliStart, daemonStart, idle, du, prune,
 }
 
 func names() []string {

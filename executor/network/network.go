@@ -28,7 +28,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -45,9 +44,6 @@ const (
 	// defaultPoolSize is how many namespaces are kept ready: making one takes milliseconds, taking one none.
 	defaultPoolSize = 4
 	defaultMTU      = 1500
-	// healEvery is how long the bridge and the tables are believed to be there: to ask the kernel for each container costs as much as
-	// its network does otherwise. Whoever takes them away while containers run interrupts those in any case.
-	healEvery = time.Second
 )
 
 // Options say how to make a network.
@@ -68,8 +64,8 @@ type Network struct {
 	root     string
 	id       string       // short hash of the root, part of every name
 	bridge   atomic.Int64 // the bridge's interface index
-	healing  sync.Mutex   // held while looking after the bridge and the tables; guards healed
-	healed   time.Time    // when they were last seen to be there
+	healing  sync.Mutex   // held while looking after the bridge and the tables; guards watch
+	watch    *watch       // tells whether to look; nil once it is closed
 	subnet   netip.Prefix
 	gateway  netip.Addr
 	subnet6  netip.Prefix // not valid when containers have no IPv6
@@ -113,6 +109,10 @@ func New(opts Options) (*Network, error) {
 	if err := n.setUp(); err != nil {
 		return nil, errors.Join(fmt.Errorf("container network: %w", err), n.tearDown())
 	}
+	if n.watch, err = newWatch(); err != nil {
+		return nil, errors.Join(fmt.Errorf("container network: %w", err), n.tearDown())
+	}
+	n.watch.again = true // what was changed before it began, nobody has told
 	return n, nil
 }
 
@@ -232,14 +232,19 @@ func (n *Network) address6(ip netip.Addr) netip.Addr {
 }
 
 // heal puts back what somebody else took away: firewalls flush all tables when they are reloaded, and network managers
-// or people delete links that they do not know. Containers that run get their connection back. It looks once in every.
-func (n *Network) heal(every time.Duration) error {
+// or people delete links that they do not know. Containers that run get their connection back.
+func (n *Network) heal() (err error) {
 	n.healing.Lock()
 	defer n.healing.Unlock()
-	if time.Since(n.healed) < every {
+	if n.watch == nil || !n.watch.changed(n.bridgeName(), int(n.bridge.Load())) {
 		return nil
 	}
-	_, err := netlink.LinkByIndex(int(n.bridge.Load()))
+	defer func() {
+		if err != nil {
+			n.watch.again = true
+		}
+	}()
+	_, err = netlink.LinkByIndex(int(n.bridge.Load()))
 	var notFound netlink.LinkNotFoundError
 	if errors.As(err, &notFound) {
 		n.log.Warn("the bridge was deleted by somebody else, making it again", "bridge", n.bridgeName())
@@ -276,7 +281,6 @@ func (n *Network) heal(every time.Duration) error {
 			return err
 		}
 	}
-	n.healed = time.Now()
 	return nil
 }
 
@@ -335,6 +339,10 @@ func (n *Network) Close() error {
 		ns.closeFile()
 	}
 	n.wg.Wait()
+	n.healing.Lock()
+	n.watch.close()
+	n.watch = nil
+	n.healing.Unlock()
 	return n.tearDown()
 }
 
@@ -471,13 +479,13 @@ func (n *Network) Acquire(ctx context.Context) (*Namespace, error) {
 	}
 	n.fillLocked()
 	n.mu.Unlock()
-	err := n.heal(healEvery)
+	err := n.heal()
 	if err == nil && ns == nil {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
 		if ns, err = n.newNamespace(); err != nil { // perhaps there is no bridge just now
-			if healErr := n.heal(0); healErr != nil {
+			if healErr := n.heal(); healErr != nil {
 				return nil, fmt.Errorf("container network: %w", errors.Join(err, healErr))
 			}
 			ns, err = n.newNamespace()

@@ -459,9 +459,6 @@ func TestNetworkLifetime(t *testing.T) {
 	if err := errors.Join(deleteTable(n.tableName(), false), deleteTable(n.tableName(), true)); err != nil {
 		t.Fatal(err)
 	}
-	n.healing.Lock()
-	n.healed = time.Now().Add(-healEvery)
-	n.healing.Unlock()
 	ns, err := n.Acquire(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -476,6 +473,18 @@ func TestNetworkLifetime(t *testing.T) {
 			t.Errorf("%s is not on the bridge again: %v", ns.link, err)
 		}
 	}
+	if there, err := hasTable(n.tableName(), false); !there {
+		t.Errorf("the table was not made again: %v", err)
+	}
+
+	// So is a table that goes right after, alone.
+	if err := deleteTable(n.tableName(), false); err != nil {
+		t.Fatal(err)
+	}
+	if ns, err = n.Acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	all = append(all, ns)
 	if there, err := hasTable(n.tableName(), false); !there {
 		t.Errorf("the table was not made again: %v", err)
 	}
