@@ -164,6 +164,13 @@ func (o Options) Bytes(id string, total int64) func(current int64, done bool) {
 	}
 }
 
+// Private is an Exporter that can say that nobody but this engine sees what it makes. Its image may have another digest than the one that
+// others get of the same result: when a build has several outputs, theirs are what its client is told.
+type Private interface {
+	Exporter
+	Private() bool
+}
+
 // Exporter takes results out. It may be used concurrently.
 type Exporter interface {
 	// Name is what progress calls the export ("exporting to image").

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/containerd/platforms"
@@ -124,7 +125,22 @@ func location(place string) (scheme, path, tag string) {
 	return "docker", place, ""
 }
 
+// elsewhere are the places of other tools, which would be taken for names of images.
+var elsewhere = []string{"containers-storage", "dir", "docker-daemon", "ostree", "sif", "tarball"}
+
+// checkPlace refuses what is no place of ours.
+func checkPlace(place string) error {
+	if scheme, _, ok := strings.Cut(place, ":"); ok && slices.Contains(elsewhere, scheme) {
+		return fmt.Errorf("%s: places of the kind %s: are not supported: use a registry, oci:, oci-archive: or docker-archive: "+
+			"(slipway save and load for the local store, docker://docker.io/library/%s for an image of that name)", place, scheme, place)
+	}
+	return nil
+}
+
 func openSource(reg *registry.Registry, place string) (transport.Source, error) {
+	if err := checkPlace(place); err != nil {
+		return nil, err
+	}
 	scheme, path, tag := location(place)
 	switch scheme {
 	case "oci":
@@ -136,6 +152,9 @@ func openSource(reg *registry.Registry, place string) (transport.Source, error) 
 }
 
 func openDestination(reg *registry.Registry, place string, from ...transport.Source) (transport.Destination, error) {
+	if err := checkPlace(place); err != nil {
+		return nil, err
+	}
 	scheme, path, tag := location(place)
 	switch scheme {
 	case "oci":

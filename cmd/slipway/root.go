@@ -17,6 +17,7 @@ import (
 	"syscall"
 
 	"github.com/moby/buildkit/util/stack"
+	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/status"
 
@@ -111,7 +112,8 @@ func Main() int {
 		fmt.Fprintf(os.Stderr, "slipway: %v\n", err)
 		return 1
 	}
-	log.SetOutput(io.Discard) // the HTTP/2 library reports broken connections there, which come with an error anyway
+	log.SetOutput(io.Discard)          // the HTTP/2 library reports broken connections there, which come with an error anyway
+	logrus.SetLevel(logrus.ErrorLevel) // as containerd's libraries do there with what they would like the file system to have
 	ctx, stop := signalContext(context.Background())
 	defer stop()
 	a := newApp(os.Stdin, os.Stdout, os.Stderr)

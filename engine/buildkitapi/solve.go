@@ -249,11 +249,7 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 			return nil, err
 		}
 	}
-	// Of what several exports tell the client the last one's word counts.
-	response := map[string]string{}
-	for _, exported := range made.responses {
-		maps.Copy(response, exported)
-	}
+	response := mergeResponses(req.exporters, made.responses)
 	maps.Copy(response, frontendMetadata(result.Metadata))
 	cached, err := caches.Finish(ctx, snapshots(result), false, client.Step)
 	if err != nil {
@@ -262,6 +258,21 @@ func (s *Server) run(ctx context.Context, b *build, client *gateway.Client, sess
 	maps.Copy(response, cached)
 	maps.Copy(response, whole)
 	return response, tellExported(ctx, session, req, response)
+}
+
+// mergeResponses is what the client is told by several exports together: the last one's word counts, but for images that only this engine
+// has. The digest of what was pushed is the one that a pipeline goes on with.
+func mergeResponses(exporters []exporter.Exporter, responses []map[string]string) map[string]string {
+	merged := map[string]string{}
+	for _, private := range []bool{true, false} {
+		for i, e := range exporters {
+			p, ok := e.(exporter.Private)
+			if private == (ok && p.Private()) && i < len(responses) {
+				maps.Copy(merged, responses[i])
+			}
+		}
+	}
+	return merged
 }
 
 // isAnswer recognises the result of a sub-request (outline, targets, lint): words, and no files that an output could be made of.

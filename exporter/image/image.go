@@ -186,7 +186,13 @@ func (e *imageExporter) shaper() reshape.Shaper {
 	return reshape.Shaper{Layers: e.deps.Layers, Records: e.deps.Records, Blobs: e.deps.LayerBlobs}
 }
 
-var _ exporter.Eager = (*imageExporter)(nil)
+var (
+	_ exporter.Eager   = (*imageExporter)(nil)
+	_ exporter.Private = (*imageExporter)(nil)
+)
+
+// Private implements exporter.Private: an image that stays here names the tars of its layers.
+func (e *imageExporter) Private() bool { return !e.attrs.push }
 
 // Begin implements exporter.Eager: a layer is packed, and sent to the registries when it is to be pushed, while later steps run. Nothing
 // gets a name by that.
