@@ -15,8 +15,8 @@ import (
 
 func samples(walls ...time.Duration) *measured {
 	m := &measured{}
-	for _, w := range walls {
-		m.Samples = append(m.Samples, sample{Wall: w})
+	for i, w := range walls {
+		m.Samples = append(m.Samples, sample{Round: i, Wall: w})
 	}
 	return m
 }

@@ -5,12 +5,22 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 )
 
-// building makes a builder ready that keeps its state between runs: each run is one build of dir.
+// building makes a builder ready that keeps its state between runs, and in a group: each run is one build of dir.
 func building(b build, jobs int) func(context.Context, *bench, peer) (*contestant, error) {
+	return buildingPrimed(b, jobs, false)
+}
+
+// rebuilding is that where the cache has the build, or what it was before a change, already in the warm-up.
+func rebuilding(b build) func(context.Context, *bench, peer) (*contestant, error) {
+	return buildingPrimed(b, 0, true)
+}
+
+func buildingPrimed(b build, jobs int, primed bool) func(context.Context, *bench, peer) (*contestant, error) {
 	return func(ctx context.Context, bn *bench, p peer) (*contestant, error) {
 		bp, ok := p.(builder)
 		if !ok {
@@ -21,15 +31,20 @@ func building(b build, jobs int) func(context.Context, *bench, peer) (*contestan
 		if filepath.IsAbs(b.dir) {
 			one.dir = b.dir
 		}
-		o, err := bp.open(ctx, bn.stateDir(p.name()), jobs)
+		o, end, first, err := bn.opened(ctx, bp, jobs)
 		if err != nil {
 			return nil, err
+		}
+		if primed && first {
+			if err := runQuietly(ctx, o.build(one)); err != nil {
+				return nil, errors.Join(err, end())
+			}
 		}
 		return &contestant{
 			name:    p.name(),
 			run:     func(_ context.Context, c *calls) error { return c.do(o.build(one)) },
 			daemons: o.daemons,
-			close:   o.close,
+			close:   end,
 		}, nil
 	}
 }
@@ -37,7 +52,7 @@ func building(b build, jobs int) func(context.Context, *bench, peer) (*contestan
 // stateDir is a new directory for a peer's state.
 func (b *bench) stateDir(name string) string {
 	b.states++
-	return filepath.Join(b.dir, name+"-"+string(rune('a'+b.states%26)))
+	return filepath.Join(b.dir, fmt.Sprintf("%s-%d", name, b.states))
 }
 
 // coldBuilding makes a builder ready that begins every run with an empty state, whose daemon runs already.

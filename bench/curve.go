@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -72,11 +71,10 @@ func (b *bench) draw(ctx context.Context, c *curve) (_ *drawn, err error) {
 }
 
 func (b *bench) drawAt(ctx context.Context, d *drawn, n int) (err error) {
-	b.dir = filepath.Join(b.work, fmt.Sprintf("curve-%s-%d", d.curve.name, n))
-	if err := os.MkdirAll(b.dir, 0o755); err != nil {
+	if err := b.enter(ctx, fmt.Sprintf("curve-%s-%d", d.curve.name, n), ""); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, b.moveAway(b.dir)) }()
+	defer func() { err = errors.Join(err, b.leave()) }()
 	all, err := d.curve.series(ctx, b, b.peers[0].(*slipway), n)
 	defer func() {
 		for _, c := range all {
@@ -90,19 +88,17 @@ func (b *bench) drawAt(ctx context.Context, d *drawn, n int) (err error) {
 	}
 	unix.Sync()
 	for i, c := range all {
-		p := point{Size: n}
-		// The last round is for the memory, the first one warms up.
-		for round := -1; round <= curveRuns; round++ {
-			s, peak, err := b.once(ctx, c, round == curveRuns)
+		p := point{Size: n, measured: measured{Name: c.name, ours: true}}
+		for round := warmUpRound; round <= curveRuns; round++ {
+			if !p.wants(round, curveRuns) {
+				continue
+			}
+			s, peak, err := b.once(ctx, c, p.watches(round, curveRuns))
 			if err != nil {
 				return fmt.Errorf("%s: %w", c.name, err)
 			}
-			switch {
-			case round == curveRuns:
-				p.PeakMemory = peak
-			case round >= 0:
-				p.Samples = append(p.Samples, s)
-			}
+			s.Round = round
+			p.add(s, peak, round, curveRuns)
 		}
 		if len(d.Lines) <= i {
 			d.Lines = append(d.Lines, &line{Name: c.name})

@@ -52,6 +52,7 @@ type options struct {
 	build     bool
 	mixedMB   int64
 	keep      bool
+	ownDisk   bool
 }
 
 func parseFlags(args []string) (options, error) {
@@ -69,7 +70,8 @@ func parseFlags(args []string) (options, error) {
 	f.StringVar(&o.slipway, "slipway", "bin/slipway", "the `program` to measure")
 	f.DurationVar(&o.plant, "plant", 0, "measure slipway a second time with steps that take this much `longer`, in scenarios that have steps: the bench must see it")
 	f.DurationVar(&o.settle, "settle", 200*time.Millisecond, "how long to wait after each call: what daemons do in that `time` counts as processor time")
-	f.DurationVar(&o.slow, "slow", 20*time.Second, "a peer is not measured any more when its runs took longer than this `time` together, and left out (but BuildKit) when its warm-up did")
+	f.DurationVar(&o.slow, "slow", 20*time.Second, "a peer is not measured any more when its runs took longer than this `time` together")
+	f.BoolVar(&o.ownDisk, "own-disk", true, "measure on fresh ext4 file systems in files below -dir; where those cannot be had, and with false, in directories")
 	f.BoolVar(&o.build, "build-peers", false, "build buildctl and buildkitd of the version in go.mod when they are not on PATH")
 	f.Int64Var(&o.mixedMB, "mixed-mb", 1000, "size of the content of the export and push scenarios in `MB`")
 	f.BoolVar(&o.keep, "keep", false, "leave the scratch directory")
@@ -144,7 +146,7 @@ func run(ctx context.Context, args []string) (err error) {
 	if _, err := os.Stat(o.slipway); err != nil {
 		return fmt.Errorf("-slipway: %w ('make build' makes it)", err)
 	}
-	if o.dir, err = filepath.Abs(o.dir); err != nil { // peers are told paths below it
+	if o.dir, err = filepath.Abs(o.dir); err != nil { // peers are told paths below it, and addresses of sockets need it
 		return err
 	}
 	if o.against != "" {
@@ -158,14 +160,15 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	b := &bench{options: o}
-	if o.dir, err = filepath.Abs(o.dir); err != nil { // addresses of sockets need it
+	if b.top, err = os.MkdirTemp(o.dir, "slipway-bench-"); err != nil {
 		return err
 	}
-	if b.work, err = os.MkdirTemp(o.dir, "slipway-bench-"); err != nil {
-		return err
+	inputs, err := b.firstPlace(ctx)
+	if err != nil {
+		return errors.Join(err, removeAll(b.top))
 	}
 	if !o.keep {
-		defer func() { err = errors.Join(err, removeAll(b.work)) }()
+		defer func() { err = errors.Join(err, b.leave(), inputs.close(), removeAll(b.top)) }()
 	}
 	if err := b.findPeers(ctx); err != nil {
 		return err
@@ -181,11 +184,16 @@ func run(ctx context.Context, args []string) (err error) {
 			page.skipped = append(page.skipped, fmt.Sprintf("%s: %s", name, cannot.why))
 			continue
 		}
-		if err != nil {
+		switch {
+		case err != nil && ctx.Err() != nil:
 			return fmt.Errorf("%s: %w", name, err)
+		case err != nil:
+			fmt.Fprintf(os.Stderr, "bench: %s FAILED: %v\n", name, err)
+			page.failed = append(page.failed, fmt.Sprintf("%s: %s", name, strings.ReplaceAll(reason(err), b.top, "…")))
+		default:
+			page.add(result)
+			fmt.Print(result.table())
 		}
-		page.add(result)
-		fmt.Print(result.table())
 		if o.out != "" { // as far as it has come
 			if err := page.write(o.out); err != nil {
 				return err
@@ -194,11 +202,16 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	for _, name := range o.curves {
 		d, err := b.draw(ctx, curves[slices.Index(curveNames(), name)])
-		if err != nil {
+		switch {
+		case err != nil && ctx.Err() != nil:
 			return fmt.Errorf("curve %s: %w", name, err)
+		case err != nil:
+			fmt.Fprintf(os.Stderr, "bench: curve %s FAILED: %v\n", name, err)
+			page.failed = append(page.failed, fmt.Sprintf("curve %s: %s", name, strings.ReplaceAll(reason(err), b.top, "…")))
+		default:
+			page.curves = append(page.curves, d)
+			fmt.Print(d.table())
 		}
-		page.curves = append(page.curves, d)
-		fmt.Print(d.table())
 	}
 	if o.out != "" {
 		if err := page.write(o.out); err != nil {

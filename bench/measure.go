@@ -10,8 +10,8 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -22,48 +22,26 @@ import (
 // bench has the scratch directory and what scenarios share.
 type bench struct {
 	options
-	work  string // scratch
+	top   string // scratch
+	work  string // the inputs that scenarios share, on a disk of their own
 	peers []peer // slipway first
 	moved int    // things moved away so far
 
-	big      string // the tree of 50,000 files, once it is made
-	goLayout string // the base image of the Go service, once it is made
-	mixed    string // the directory of mixed content, once it is made
-	changes  int    // of the mixed content so far
-	registry string // host of the registry of the scenario that is measured now
-	pulled   *servedImage
-	dir      string // input of the scenario that is measured now
-	states   int    // state directories made so far
-}
+	diskSays string // what the page says of disks
 
-// sample is one measured run.
-type sample struct {
-	Wall time.Duration `json:"wall_ns"`
-	// CPU is the processor time of all processes: those that the run started, and what daemons used until they settled.
-	CPU time.Duration `json:"cpu_ns"`
-	// Written is what they sent to disks, in bytes.
-	Written int64 `json:"written_bytes"`
-	// Wire is what went to and from the registries of the bench, in bytes.
-	Wire int64 `json:"wire_bytes,omitempty"`
-}
+	place   *disk             // where b.dir is
+	group   string            // of the scenarios that are measured now; "" for none
+	shared  map[string]*state // what peers of the group have open; nil without a group
+	leftOut map[string]string // peers that cannot go on in the group, and why
 
-// measured is what is known of a contestant in the end.
-type measured struct {
-	Name    string   `json:"name"`
-	Version string   `json:"version"`
-	Samples []sample `json:"samples"`
-	// Slow says that the runs took longer than -slow together, so that there are fewer samples, and no peak of memory.
-	Slow bool `json:"slow,omitempty"`
-	// WarmUp is how long the warm-up took of a peer that is left out for that, so that there are no samples; else 0.
-	WarmUp time.Duration `json:"warm_up_ns,omitempty"`
-	spent  time.Duration
-	// PeakMemory is the largest sum of the memory of all processes (PSS: shared pages count once), in bytes, sampled in one
-	// more run that was not timed.
-	PeakMemory int64 `json:"peak_memory_bytes"`
-	// Output is the size of the file that was made, in bytes; 0 when there is none.
-	Output int64 `json:"output_bytes,omitempty"`
-	// Note is what else was counted, a sentence.
-	Note string `json:"note,omitempty"`
+	big          string    // the tree of 50,000 files, once it is made
+	goLayout     string    // the base image of the Go service, once it is made
+	mixed        string    // the directory of mixed content, once it is made
+	mixedChanged time.Time // when
+	registry     string    // host of the registry of the scenario that is measured now
+	pulled       *servedImage
+	dir          string // input and states of the scenario that is measured now
+	states       int    // state directories made so far
 }
 
 // calls are the programs that a run starts, one after the other or at the same time.
@@ -83,6 +61,8 @@ func (c *calls) do(cmd *exec.Cmd) error {
 	if cmd.Stderr == nil {
 		cmd.Stderr = &out
 	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // what it starts ends with it
+	cmd.WaitDelay = killAfter                             // a process that it left behind may hold its output open
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -92,8 +72,10 @@ func (c *calls) do(cmd *exec.Cmd) error {
 	}
 	c.pids[cmd.Process.Pid] = true
 	c.mu.Unlock()
-	forget := context.AfterFunc(c.ctx, func() { _ = cmd.Process.Signal(syscall.SIGTERM) })
+	waited := make(chan struct{})
+	forget := context.AfterFunc(c.ctx, func() { endGroup(cmd.Process.Pid, waited) })
 	err := cmd.Wait()
+	close(waited)
 	forget()
 	c.mu.Lock()
 	delete(c.pids, cmd.Process.Pid)
@@ -105,6 +87,19 @@ func (c *calls) do(cmd *exec.Cmd) error {
 		return fmt.Errorf("%s: %w\n%s", cmd, err, tail(out.Bytes()))
 	}
 	return nil
+}
+
+// killAfter is how long a program has that was asked to end.
+const killAfter = 3 * time.Second
+
+// endGroup asks a group of processes to end, and kills it when its first one, which somebody else waits for, does not.
+func endGroup(pid int, waited <-chan struct{}) {
+	_ = syscall.Kill(-pid, syscall.SIGTERM)
+	select {
+	case <-waited:
+	case <-time.After(killAfter):
+		_ = syscall.Kill(-pid, syscall.SIGKILL)
+	}
 }
 
 func (c *calls) running() []int {
@@ -121,104 +116,198 @@ func tail(b []byte) []byte {
 	return b
 }
 
-// measure runs a scenario with everybody.
+// measure runs a scenario with everybody. It fails when slipway or the floor does; a peer that fails is left out.
 func (b *bench) measure(ctx context.Context, s *scenario) (_ *result, err error) {
-	b.dir = filepath.Join(b.work, s.name)
-	if err := os.MkdirAll(b.dir, 0o755); err != nil {
+	begin := time.Now()
+	if err := b.enter(ctx, s.name, s.group); err != nil {
 		return nil, err
 	}
+	t := &turns{bench: b, result: &result{scenario: s}}
+	defer func() {
+		err = errors.Join(err, t.close(err == nil))
+		if err != nil || b.group == "" {
+			err = errors.Join(err, b.leave())
+		}
+		t.Took = time.Since(begin)
+	}()
 	if s.prepare != nil {
 		if err := s.prepare(ctx, b); err != nil {
 			return nil, fmt.Errorf("make the input: %w", err)
 		}
 	}
 	unix.Sync() // the writing of the input is not part of anybody's run
-	r := &result{scenario: s, load: loadAverage()}
-	var all []*contestant
-	defer func() {
-		for i, c := range all {
-			if c.close != nil {
-				err = errors.Join(err, c.close())
-			}
-			if c.note != nil && err == nil {
-				r.Contestants[i].Note = c.note()
-			}
-		}
-		err = errors.Join(err, b.moveAway(b.dir))
-	}()
-	enter := func(c *contestant, version string) {
-		all = append(all, c)
-		r.Contestants = append(r.Contestants, &measured{Name: c.name, Version: version})
+	t.load = loadAverage()
+	if err := t.prepare(ctx); err != nil {
+		return nil, err
 	}
-	for i, p := range b.peers {
-		c, err := s.contestant(ctx, b, p)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", p.name(), err)
-		}
-		if c == nil {
+	runs := b.runs
+	if s.runs > 0 {
+		runs = min(runs, s.runs)
+	}
+	// The last round is for the memory. Who begins changes from round to round.
+	for n := warmUpRound; n <= runs; n++ {
+		if !slices.ContainsFunc(t.Contestants, func(m *measured) bool { return m.wants(n, runs) }) {
 			continue
 		}
-		enter(c, p.version())
-		if i == 0 && b.plant > 0 && s.planted != nil {
-			c, err := s.planted(ctx, b, p)
-			if err != nil {
-				return nil, fmt.Errorf("%s, planted: %w", p.name(), err)
-			}
-			c.name = fmt.Sprintf("%s + %s a step", p.name(), b.plant)
-			r.planted = c.name
-			enter(c, p.version())
-		}
-	}
-	if s.floor != nil {
-		enter(&contestant{name: floorName, run: func(ctx context.Context, _ *calls) error { return s.floor(ctx, b) }}, "")
-	}
-	// Round -1 warms up; the last one is for the memory. Who begins changes from round to round.
-	for n := -1; n <= b.runs; n++ {
 		if s.round != nil {
 			if err := s.round(b, n); err != nil {
 				return nil, fmt.Errorf("change the input: %w", err)
 			}
 		}
-		for k := range all {
-			i := (k + n + 1) % len(all)
-			c, m := all[i], r.Contestants[i]
-			if n == b.runs && c.name == floorName || n > 0 && m.Slow || m.WarmUp > 0 {
-				continue
-			}
-			sample, peak, err := b.once(ctx, c, n == b.runs)
-			if err != nil {
-				return nil, fmt.Errorf("%s, round %d: %w", c.name, n, err)
-			}
-			if c.output != "" {
-				info, err := os.Stat(c.output)
-				if err != nil {
+		for k := range t.all {
+			if i := (k + n + 1) % len(t.all); t.Contestants[i].wants(n, runs) {
+				if err := t.turn(ctx, i, n, runs); err != nil {
 					return nil, err
 				}
-				m.Output = info.Size()
-			}
-			switch {
-			case n < 0 && sample.Wall > b.slow && i > 0 && c.name != "buildkit" && c.name != floorName:
-				m.WarmUp = sample.Wall
-			case n == b.runs:
-				m.PeakMemory = peak
-			case n >= 0:
-				m.spent += sample.Wall
-				m.Slow = i > 0 && m.spent > b.slow
-				m.Samples = append(m.Samples, sample)
 			}
 		}
 	}
-	r.loadAfter = loadAverage()
+	t.loadAfter = loadAverage()
 	if len(b.profiles) > 0 {
-		if err := b.profile(ctx, s, all[0]); err != nil {
+		if err := b.profile(ctx, s, t.all[0]); err != nil {
 			return nil, fmt.Errorf("profile: %w", err)
 		}
 	}
-	return r, nil
+	return t.result, nil
 }
 
-// once is one run of one contestant.
-func (b *bench) once(ctx context.Context, c *contestant, watch bool) (s sample, peak int64, err error) {
+// turns is a scenario while it is measured.
+type turns struct {
+	*bench
+	*result
+	all []*contestant // as result.Contestants; one that is left out is closed and has no run
+}
+
+func (t *turns) enter(c *contestant, m *measured) {
+	t.all = append(t.all, c)
+	t.Contestants = append(t.Contestants, m)
+}
+
+// prepare makes everybody ready.
+func (t *turns) prepare(ctx context.Context) error {
+	for i, p := range t.peers {
+		_, ours := p.(*slipway)
+		m := &measured{Name: p.name(), Version: p.version(), patience: patienceOf(p.name(), ours), slow: t.slow, ours: ours}
+		if why := t.leftOut[m.Name]; why != "" {
+			m.LeftOut = why
+			t.enter(&contestant{name: m.Name}, m)
+			continue
+		}
+		c, err := t.patiently(ctx, m, func(ctx context.Context) (*contestant, error) { return t.scenario.contestant(ctx, t.bench, p) })
+		if err == nil && c == nil {
+			continue
+		}
+		if err != nil {
+			c = &contestant{name: m.Name}
+		}
+		t.enter(c, m)
+		if err != nil {
+			if err := t.fails(ctx, len(t.all)-1, fmt.Errorf("%s: %w", m.Name, err)); err != nil {
+				return err
+			}
+		}
+		if i == 0 && t.plant > 0 && t.scenario.planted != nil {
+			c, err := t.scenario.planted(ctx, t.bench, p)
+			if err != nil {
+				return fmt.Errorf("%s, planted: %w", p.name(), err)
+			}
+			c.name = fmt.Sprintf("%s + %s a step", p.name(), t.plant)
+			t.planted = c.name
+			t.enter(c, &measured{Name: c.name, Version: p.version(), ours: true})
+		}
+	}
+	if floor := t.scenario.floor; floor != nil {
+		t.enter(&contestant{name: floorName, run: func(ctx context.Context, _ *calls) error { return floor(ctx, t.bench) }}, &measured{Name: floorName, ours: true})
+	}
+	return nil
+}
+
+// patiently does something for a contestant, for as long as it may take.
+func (t *turns) patiently(ctx context.Context, m *measured, do func(context.Context) (*contestant, error)) (*contestant, error) {
+	if m.ours {
+		return do(ctx)
+	}
+	limited, cancel := context.WithTimeoutCause(ctx, m.patience-m.readying, errImpatient)
+	defer cancel()
+	begin := time.Now()
+	c, err := do(limited)
+	m.readying += time.Since(begin)
+	if err != nil && ctx.Err() == nil && limited.Err() != nil {
+		err = fmt.Errorf("%w %s", errImpatient, m.patience)
+	}
+	return c, err
+}
+
+// fails is what happens when a contestant cannot go on: a peer is left out, for the group too, and for slipway and the floor it is the end.
+func (t *turns) fails(ctx context.Context, i int, err error) error {
+	c, m := t.all[i], t.Contestants[i]
+	if m.ours || ctx.Err() != nil {
+		return err
+	}
+	m.LeftOut = strings.ReplaceAll(reason(err), t.top, "…")
+	m.Samples, m.PeakMemory = nil, 0
+	fmt.Fprintf(os.Stderr, "bench: %s: %s is left out: %v\n", t.scenario.name, m.Name, err)
+	t.all[i] = &contestant{name: c.name}
+	var closed error
+	if c.close != nil {
+		closed = c.close()
+	}
+	if t.group != "" {
+		if o := t.unshare(m.Name); o != nil {
+			closed = errors.Join(closed, o.close())
+		}
+		t.leftOut[m.Name] = m.LeftOut
+	}
+	if closed != nil { // its own mess; the disk goes anyway
+		fmt.Fprintf(os.Stderr, "bench: %s: end %s: %v\n", t.scenario.name, m.Name, closed)
+	}
+	return nil
+}
+
+// turn is one run of one contestant.
+func (t *turns) turn(ctx context.Context, i, n, runs int) error {
+	c, m := t.all[i], t.Contestants[i]
+	if n > warmUpRound {
+		m.readying = 0 // each later turn has all the patience
+	}
+	var s sample
+	var peak int64
+	_, err := t.patiently(ctx, m, func(ctx context.Context) (_ *contestant, err error) {
+		s, peak, err = t.once(ctx, c, m.watches(n, runs))
+		return nil, err
+	})
+	if err == nil && c.output != "" {
+		var info os.FileInfo
+		if info, err = os.Stat(c.output); err == nil {
+			m.Output = info.Size()
+		}
+	}
+	if err != nil {
+		return t.fails(ctx, i, fmt.Errorf("%s, round %d: %w", c.name, n, err))
+	}
+	s.Round = n
+	m.add(s, peak, n, runs)
+	return nil
+}
+
+// close ends everybody.
+func (t *turns) close(ok bool) (err error) {
+	for i, c := range t.all {
+		if c.close != nil {
+			err = errors.Join(err, c.close())
+		}
+		if c.note != nil && ok && err == nil {
+			t.Contestants[i].Note = c.note()
+		}
+		if c.numbers != nil && ok && err == nil {
+			t.Contestants[i].Numbers = c.numbers()
+		}
+	}
+	return err
+}
+
+// once is one run of one contestant. Memory is looked at in the given intervals; 0 is not at all.
+func (b *bench) once(ctx context.Context, c *contestant, watch time.Duration) (s sample, peak int64, err error) {
 	if c.before != nil {
 		if err := c.before(ctx); err != nil {
 			return s, 0, err
@@ -232,8 +321,8 @@ func (b *bench) once(ctx context.Context, c *contestant, watch bool) (s sample, 
 	own, wire := ownUsage(), onWire.Load()
 	started := calls{ctx: ctx}
 	stop := func() int64 { return 0 }
-	if watch {
-		stop = watchMemory(func() []int {
+	if watch > 0 {
+		stop = watchMemory(watch, func() []int {
 			pids := started.running()
 			if c.daemons != nil {
 				pids = append(pids, c.daemons()...)
@@ -256,8 +345,11 @@ func (b *bench) once(ctx context.Context, c *contestant, watch bool) (s sample, 
 		s.Wire = onWire.Load() - wire
 		return s, peak, errOf(c.after, ctx)
 	}
-	time.Sleep(b.settle)
-	after := usageOf(c.daemons())
+	daemons = c.daemons()
+	if len(daemons) > 0 {
+		time.Sleep(b.settle)
+	}
+	after := usageOf(daemons)
 	s.CPU = started.cpu + after.cpu - before.cpu
 	s.Written = after.written - before.written + written("self") - own.written
 	s.Wire = onWire.Load() - wire
@@ -269,42 +361,4 @@ func errOf(f func(context.Context) error, ctx context.Context) error {
 		return nil
 	}
 	return f(ctx)
-}
-
-// moveAway puts a directory aside, to be deleted at the very end: a mass delete would slow down whatever is measured after it.
-func (b *bench) moveAway(dir string) error {
-	if _, err := os.Lstat(dir); errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	old := filepath.Join(b.work, "old")
-	if err := os.MkdirAll(old, 0o700); err != nil {
-		return err
-	}
-	b.moved++
-	if err := os.Rename(dir, filepath.Join(old, fmt.Sprint(b.moved))); err != nil {
-		return err
-	}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(old, &fs); err != nil {
-		return err
-	}
-	if int64(fs.Bavail)*fs.Bsize < keepFree { // a slow disk is better than a full one
-		return removeAll(old)
-	}
-	return nil
-}
-
-// keepFree is how much of the disk stays free, in bytes: what was moved away is deleted before.
-const keepFree = 25 << 30
-
-// removeAll deletes the scratch directory, which must have no mounts in it any more: nothing outside of it may be deleted.
-func removeAll(dir string) error {
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return err
-	}
-	if bytes.Contains(mounts, []byte(" "+dir+"/")) {
-		return fmt.Errorf("%s is left: something in it is still mounted", dir)
-	}
-	return os.RemoveAll(dir)
 }

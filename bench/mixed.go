@@ -97,19 +97,25 @@ func addFiles(w *tar.Writer, from string, most int64) (n int64, err error) {
 	return n, err
 }
 
-// changeMixed gives some bytes of the first file in the tar other values, some time before anybody builds: digests of files that have changed right
-// before they are read are not remembered by slipway, and an export would hash the context once more.
-func (b *bench) changeMixed(n int) error {
+// changeMixed gives some bytes of the first file in the tar other values: those of a round of a series.
+func (b *bench) changeMixed(series string, n int) error {
 	f, err := os.OpenFile(filepath.Join(b.mixed, mixedName), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	buf := make([]byte, 100)
-	_, _ = b.random(fmt.Sprint("change ", b.changes, n)).Read(buf)
-	b.changes++
-	if _, err = f.WriteAt(buf, 4096); err == nil {
-		time.Sleep(3 * time.Second)
-	}
+	_, _ = b.random(fmt.Sprint("change ", series, n)).Read(buf)
+	b.mixedChanged = time.Now()
+	_, err = f.WriteAt(buf, 4096)
 	return err
+}
+
+// unlessRacy is f, some time after the content has changed: digests of files that have changed right before they are read are not remembered
+// by slipway, and an export would hash the context once more.
+func (b *bench) unlessRacy(f func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		time.Sleep(time.Until(b.mixedChanged.Add(3 * time.Second)))
+		return f(ctx)
+	}
 }

@@ -135,9 +135,9 @@ func ownUsage() usage {
 	return u
 }
 
-// watchMemory looks at the memory of processes and their descendants every few milliseconds until stop, which returns the most there
+// watchMemory looks at the memory of processes and their descendants in intervals until stop, which returns the most there
 // was, in bytes.
-func watchMemory(roots func() []int) (stop func() int64) {
+func watchMemory(interval time.Duration, roots func() []int) (stop func() int64) {
 	end, done := make(chan struct{}), make(chan int64)
 	go func() {
 		var peak int64
@@ -151,7 +151,7 @@ func watchMemory(roots func() []int) (stop func() int64) {
 			case <-end:
 				done <- peak
 				return
-			case <-time.After(3 * time.Millisecond):
+			case <-time.After(interval):
 			}
 		}
 	}()

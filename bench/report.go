@@ -20,8 +20,9 @@ import (
 type result struct {
 	scenario        *scenario
 	load, loadAfter string
-	planted         string      // name of the contestant with the planted slowdown; "" when there is none
-	Contestants     []*measured `json:"contestants"`
+	planted         string        // name of the contestant with the planted slowdown; "" when there is none
+	Took            time.Duration `json:"took_ns"` // all of the scenario, with its preparations
+	Contestants     []*measured   `json:"contestants"`
 }
 
 func (r *result) find(name string) *measured {
@@ -33,6 +34,17 @@ func (r *result) find(name string) *measured {
 	return nil
 }
 
+// measured is one that was, nil when it is not there or left out.
+func (r *result) measured(name string) *measured {
+	if m := r.find(name); m != nil && len(m.Samples) > 0 {
+		return m
+	}
+	return nil
+}
+
+// median is that of the times, in seconds.
+func (m *measured) median() float64 { return median(m.quantities(wall)) }
+
 // quantities sorts what f says of the samples.
 func (m *measured) quantities(f func(sample) float64) []float64 {
 	var out []float64
@@ -43,7 +55,8 @@ func (m *measured) quantities(f func(sample) float64) []float64 {
 	return out
 }
 
-func wall(s sample) float64 { return s.Wall.Seconds() }
+func wall(s sample) float64          { return s.Wall.Seconds() }
+func processorTime(s sample) float64 { return s.CPU.Seconds() }
 
 // median of sorted numbers.
 func median(sorted []float64) float64 {
@@ -63,22 +76,32 @@ func mean(values []float64) float64 {
 }
 
 // ratio says how many times longer m takes than base: the ratio of the medians, and the least and the largest ratio of a round, in
-// which both saw the same machine.
+// which both saw the same machine. Without a common round least and most are 0.
 type ratio struct{ medians, least, most float64 }
 
 func ratioOf(m, base *measured) ratio {
 	r := ratio{medians: median(m.quantities(wall)) / median(base.quantities(wall))}
-	for i := range min(len(m.Samples), len(base.Samples)) {
-		one := m.Samples[i].Wall.Seconds() / base.Samples[i].Wall.Seconds()
-		if i == 0 || one < r.least {
-			r.least = one
+	for _, s := range m.Samples {
+		for _, t := range base.Samples {
+			if s.Round != t.Round {
+				continue
+			}
+			one := s.Wall.Seconds() / t.Wall.Seconds()
+			if r.least == 0 || one < r.least {
+				r.least = one
+			}
+			r.most = max(r.most, one)
 		}
-		r.most = max(r.most, one)
 	}
 	return r
 }
 
-func (r ratio) String() string { return fmt.Sprintf("%.2f (%.2f–%.2f)", r.medians, r.least, r.most) }
+func (r ratio) String() string {
+	if r.most == 0 {
+		return fmt.Sprintf("%.2f", r.medians)
+	}
+	return fmt.Sprintf("%.2f (%.2f–%.2f)", r.medians, r.least, r.most)
+}
 
 // table is the scenario's part of the page, in Markdown.
 func (r *result) table() string {
@@ -99,7 +122,7 @@ func (r *result) table() string {
 	}
 	w.WriteString("---|---|---|---|---|---|\n")
 	for _, m := range r.Contestants {
-		if m.WarmUp > 0 {
+		if m.LeftOut != "" {
 			continue
 		}
 		times := m.quantities(wall)
@@ -120,15 +143,18 @@ func (r *result) table() string {
 			wire = fmt.Sprintf("%.2f", n)
 		}
 		fmt.Fprintf(&w, " %s | %s | %.3f | %s | %.1f | %s |\n", over, ratioOf(m, ours),
-			mean(m.quantities(func(s sample) float64 { return s.CPU.Seconds() })), peak,
+			mean(m.quantities(processorTime)), peak,
 			mean(m.quantities(func(s sample) float64 { return float64(s.Written) / 1e6 })), wire)
 	}
-	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after.", len(ours.Samples), r.load, r.loadAfter)
+	fmt.Fprintf(&w, "\n%d runs each, in turn; load average %s before, %s after. All of it took %s.", len(ours.Samples), r.load, r.loadAfter, r.Took.Round(time.Second))
 	for _, m := range r.Contestants {
 		switch {
-		case m.WarmUp > 0:
-			fmt.Fprintf(&w, " %s is left out: its warm-up took %s.", m.Name, seconds(m.WarmUp.Seconds()))
-		case m.Slow:
+		case m.LeftOut != "":
+			fmt.Fprintf(&w, " %s is left out: %s.", m.Name, strings.TrimSuffix(m.LeftOut, "."))
+		case m.ours: // always as often as was asked for
+		case len(m.Samples) == 1 && m.Samples[0].Round < 0:
+			fmt.Fprintf(&w, " %s has one run, its warm-up: it is slow here.", m.Name)
+		case len(m.Samples) < len(ours.Samples):
 			fmt.Fprintf(&w, " %s: %d, it is slow here.", m.Name, len(m.Samples))
 		}
 	}
@@ -137,12 +163,8 @@ func (r *result) table() string {
 			fmt.Fprintf(&w, " %s: %s", m.Name, m.Note)
 		}
 	}
-	if k := r.find("buildkit"); k != nil && s.goal > 0 {
-		fmt.Fprintf(&w, " Goal: %g × faster than BuildKit; it is %s.", s.goal, ratioOf(k, ours))
-	}
 	if s.ideal > 0 {
-		over := median(ours.quantities(wall))/s.ideal - 1
-		fmt.Fprintf(&w, " Ideal: %s; slipway is %.0f %% above it.", seconds(s.ideal), over*100)
+		fmt.Fprintf(&w, " Ideal: %s; slipway is %.0f %% above it.", seconds(s.ideal), (ours.median()/s.ideal-1)*100)
 	}
 	sizes := " Sizes:"
 	for _, m := range r.Contestants {
@@ -185,32 +207,46 @@ type page struct {
 	began   time.Time
 	results []*result
 	curves  []*drawn
-	skipped []string // scenarios, and why
+	skipped []string // scenarios that cannot be measured on this machine, and why
+	failed  []string // scenarios that slipway or the floor failed, and how
 }
 
 func newPage(b *bench) *page { return &page{bench: b, began: time.Now()} }
 
 func (p *page) add(r *result) { p.results = append(p.results, r) }
 
-// write makes RESULTS.md and results.json.
+// write makes RESULTS.md, or CURVES.md when there are only curves, and a file with every run.
 func (p *page) write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
 	var w strings.Builder
-	fmt.Fprintf(&w, "# Bench\n\nMade by `go run ./bench` on %s in %s. README.md says what is fair and what the columns mean.\n\n", p.began.UTC().Format("2006-01-02"), time.Since(p.began).Round(time.Second))
-	fmt.Fprintf(&w, "Machine: %s. Seed %d.", machine(p.bench.work), p.bench.seed)
+	name, title := "results", "Bench"
+	if len(p.bench.scenarios) == 0 {
+		name, title = "curves", "Curves"
+	}
+	fmt.Fprintf(&w, "# %s\n\nMade by `go run ./bench` on %s in %s. README.md says what is fair and what the columns mean.", title, p.began.UTC().Format("2006-01-02"), time.Since(p.began).Round(time.Second))
+	if name == "results" && len(p.curves) == 0 {
+		w.WriteString(" Time and memory against size are in [CURVES.md](CURVES.md).")
+	}
+	fmt.Fprintf(&w, "\n\nMachine: %s. %s Seed %d.", machine(p.bench.top), p.bench.diskSays, p.bench.seed)
 	for _, peer := range p.bench.peers {
 		fmt.Fprintf(&w, " %s: %s.", peer.name(), peer.version())
 	}
 	w.WriteString("\n")
+	if len(p.results) > 0 {
+		w.WriteString(summary(p.results))
+	}
+	for _, why := range p.failed {
+		fmt.Fprintf(&w, "\n**Failed**: %s.\n", why)
+	}
+	for _, why := range p.skipped {
+		fmt.Fprintf(&w, "\nLeft out here: %s.\n", why)
+	}
 	data := map[string]*result{}
 	for _, r := range p.results {
 		w.WriteString(r.table())
 		data[r.scenario.name] = r
-	}
-	for _, why := range p.skipped {
-		fmt.Fprintf(&w, "\nLeft out here: %s.\n", why)
 	}
 	lines := map[string]*drawn{}
 	for _, d := range p.curves {
@@ -221,15 +257,15 @@ func (p *page) write(dir string) error {
 		}
 	}
 	raw, err := json.MarshalIndent(struct {
-		Scenarios map[string]*result `json:"scenarios"`
-		Curves    map[string]*drawn  `json:"curves"`
+		Scenarios map[string]*result `json:"scenarios,omitempty"`
+		Curves    map[string]*drawn  `json:"curves,omitempty"`
 	}{data, lines}, "", "  ")
 	if err != nil {
 		return err
 	}
 	return errors.Join(
-		os.WriteFile(filepath.Join(dir, "RESULTS.md"), []byte(w.String()), 0o644),
-		os.WriteFile(filepath.Join(dir, "results.json"), append(raw, '\n'), 0o644),
+		os.WriteFile(filepath.Join(dir, strings.ToUpper(name)+".md"), []byte(w.String()), 0o644),
+		os.WriteFile(filepath.Join(dir, name+".json"), append(raw, '\n'), 0o644),
 	)
 }
 
@@ -258,8 +294,12 @@ func machine(dir string) string {
 		uint64(info.Totalram)*uint64(info.Unit)/1e9, kind, unix.ByteSliceToString(u.Release[:]), runtime.Version())
 }
 
-// verdict is an error when a planted slowdown was not seen: then nothing that the bench says of steps can be believed.
+// verdict is an error when something failed, or when a planted slowdown was not seen: then nothing that the bench says of steps can be
+// believed.
 func (p *page) verdict() error {
+	if len(p.failed) > 0 {
+		return fmt.Errorf("failed: %s", strings.Join(p.failed, "; "))
+	}
 	for _, r := range p.results {
 		m := r.find(r.planted)
 		if m == nil {

@@ -14,10 +14,16 @@ type scenario struct {
 	about string
 	// floorAbout says what the floor does.
 	floorAbout string
+	// group is of scenarios that follow each other and share a disk and what their peers have open and built; "" is none.
+	group string
+	// runs is how many runs are enough; 0 is as many as were asked for.
+	runs int
 	// goal is how many times faster than BuildKit DESIGN.md wants us; 0 is no such goal.
 	goal float64
 	// ideal is a time, in seconds, that nothing can be faster than by the scenario's nature; 0 is none.
 	ideal float64
+	// goals are what else is wanted of slipway.
+	goals []goal
 	// steps is how many steps one run has; times are shown for one step, too, when there are several.
 	steps int
 	// prepare makes the input. What it returns is the state of the scenario for the other functions.
@@ -54,13 +60,15 @@ type contestant struct {
 	close func() error
 	// note is a sentence for below the table, asked for when it is closed; nil is none.
 	note func() string
+	// numbers are what else was counted, for goals, asked for when it is closed; nil is none.
+	numbers func() map[string]float64
 }
 
 // scenarios are all there are, in the order of the page.
 var scenarios = []*scenario{
-	noopSmall, noop50k, contextCold, contextOneChange, chain60, chain60Cached, wide8, fanout8, copyFrom, concurrent2, concurrent8,
-	exportPlain, exportGzip, exportZstd, exportAgain, push1GB, pushPipelined, pullGzip, pullZstd,
-	goCold, goChange, goMounts, remoteNoop, remoteChange, remoteNode, smallFiles, aptInstall, runTrue, runBridge, cliStart, daemonStart, idle, du, prune,
+	noopSmall, noop50k, contextOneChange, contextCold, chain60, chain60Cached, wide8, fanout8, copyFrom, concurrent2, concurrent8,
+	exportPlain, exportGzip, exportAgain, push1GB, exportZstd, pushPipelined, pullGzip, pullZstd,
+	goCold, goChange, goMounts, remoteNoop, remoteChange, remoteNode, smallFiles, aptInstall, runTrue, runBridge, cliStart, daemonStart, du, idle, prune,
 }
 
 func names() []string {

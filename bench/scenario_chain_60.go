@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"time"
 )
 
 const chainSteps = 60
@@ -15,6 +16,7 @@ var chain60 = &scenario{
 	about:      "Sixty times RUN true, one after the other, without the cache: what a step costs besides its command.",
 	floorAbout: "sixty times clone with mount, PID, UTS, IPC and network namespaces, execve of a small static program, and its end",
 	goal:       4,
+	goals:      []goal{stepWithin(20 * time.Millisecond)},
 	steps:      chainSteps,
 	prepare:    prepareChain,
 	floor:      func(context.Context, *bench) error { return cloneFloor(chainSteps) },
@@ -29,7 +31,7 @@ var chain60Cached = &scenario{
 	goal:       4,
 	prepare:    prepareChain,
 	floor:      execFloor,
-	contestant: building(build{dir: "context", tag: "bench"}, 0),
+	contestant: rebuilding(build{dir: "context", tag: "bench"}),
 }
 
 // prepareChain writes the sixty steps, and sixty that sleep.

@@ -11,6 +11,7 @@ var contextOneChange = &scenario{
 	name:       "context-one-change",
 	about:      "The same COPY of 50,000 files after one of them has changed: the image that comes out is whole again.",
 	floorAbout: "the state of each file asked for once, then every file read and hashed once and the bytes written to one file, with fsync",
+	group:      "50k",
 	goal:       8,
 	prepare:    noop50k.prepare,
 	round:      func(b *bench, n int) error { return b.changeOne(n) },

@@ -35,7 +35,7 @@ var copyFrom = &scenario{
 		return b.moveAway(to)
 	},
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
-		return building(build{dir: "context", tag: "bench"}, 0)(ctx, b, p)
+		return rebuilding(build{dir: "context", tag: "bench"})(ctx, b, p)
 	},
 }
 

@@ -16,6 +16,7 @@ var fanout8 = &scenario{
 	about:      "Eight stages that sleep for a second each, and one that takes a file from each, without the cache: do independent stages run at the same time? Every builder may run eight steps at once.",
 	floorAbout: "one second of sleep",
 	ideal:      1,
+	goals:      []goal{aboveIdeal(0.1)},
 	prepare: func(_ context.Context, b *bench) error {
 		stage := func(i int) string {
 			return fmt.Sprintf("FROM base AS s%d\nRUN [\"/bin/busybox\", \"sh\", \"-c\", \"/bin/busybox sleep 1; echo %d >/out%d\"]\n", i, i, i)

@@ -15,6 +15,7 @@ import (
 const (
 	keptSteps  = 1000
 	keptBuilds = 10
+	keptGroup  = "kept"
 )
 
 var du = &scenario{
@@ -22,15 +23,16 @@ var du = &scenario{
 	about:      fmt.Sprintf("du of a cache of %d COPY steps.", keptSteps),
 	floorAbout: "one start of a small static program",
 	steps:      keptSteps,
+	group:      keptGroup,
 	prepare:    prepareKept,
 	floor:      execFloor,
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
-		o, err := b.kept(ctx, p, b.stateDir(p.name()))
+		o, _, end, err := b.kept(ctx, p)
 		if o == nil || err != nil {
 			return nil, err
 		}
 		return &contestant{
-			name: p.name(), daemons: o.daemons, close: o.close,
+			name: p.name(), daemons: o.daemons, close: end,
 			run: func(_ context.Context, c *calls) error { return c.do(o.du()) },
 		}, nil
 	},
@@ -38,22 +40,25 @@ var du = &scenario{
 
 var prune = &scenario{
 	name:    "prune",
+	group:   keptGroup, // the last of it: it closes what the others have open
 	about:   fmt.Sprintf("A cache of %d COPY steps is deleted, by one call of the command line. Every run has its own copy of that cache.", keptSteps),
 	goal:    20,
 	steps:   keptSteps,
 	prepare: prepareKept,
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
-		filled := b.stateDir(p.name())
-		o, err := b.kept(ctx, p, filled)
+		o, filled, end, err := b.kept(ctx, p)
 		if o == nil || err != nil {
 			return nil, err
 		}
-		if err := o.close(); err != nil {
+		if shared := b.unshare(p.name()); shared != nil {
+			end = shared.close
+		}
+		if err := end(); err != nil {
 			return nil, err
 		}
 		o = nil
 		state := b.stateDir(p.name() + "-copy")
-		end := func() error {
+		end = func() error {
 			if o == nil {
 				return nil
 			}
@@ -92,14 +97,17 @@ const idleWait = 6 * time.Second
 var idle = &scenario{
 	name:    "idle",
 	about:   fmt.Sprintf("The memory of the daemon when nothing has happened for a while, after builds of %d steps: only the peak of the memory means something, the time is a wait.", keptSteps),
+	group:   keptGroup,
+	runs:    1,
+	goals:   []goal{memoryOfBuildkit(0.5)},
 	prepare: prepareKept,
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
-		o, err := b.kept(ctx, p, b.stateDir(p.name()))
+		o, _, end, err := b.kept(ctx, p)
 		if o == nil || err != nil {
 			return nil, err
 		}
 		return &contestant{
-			name: p.name(), daemons: o.daemons, close: o.close,
+			name: p.name(), daemons: o.daemons, close: end,
 			before: func(context.Context) error {
 				time.Sleep(idleWait)
 				return nil
@@ -129,24 +137,24 @@ func prepareKept(_ context.Context, b *bench) error {
 
 func (b *bench) keptDir(i int) string { return filepath.Join(b.dir, fmt.Sprint("build-", i)) }
 
-// kept is a peer's state with the steps in it; nil when the peer has none that can be asked.
-func (b *bench) kept(ctx context.Context, p peer, dir string) (keeper, error) {
+// kept is a peer's state with the steps in it, its directory, and what ends it; nil when the peer has none that can be asked.
+func (b *bench) kept(ctx context.Context, p peer) (o keeper, dir string, end func() error, err error) {
 	bp, ok := p.(builder)
 	if !ok {
-		return nil, nil
+		return nil, "", nil, nil
 	}
-	opened, err := bp.open(ctx, dir, 0)
+	opened, end, first, err := b.opened(ctx, bp, 0)
 	if err != nil {
-		return nil, err
+		return nil, "", nil, err
 	}
-	o, ok := opened.(keeper)
+	o, ok = opened.builds.(keeper)
 	if !ok {
-		return nil, opened.close()
+		return nil, "", nil, end()
 	}
-	for i := range keptBuilds {
+	for i := 0; i < keptBuilds && first; i++ {
 		if err := runQuietly(ctx, o.build(build{dir: b.keptDir(i)})); err != nil {
-			return nil, errors.Join(err, o.close())
+			return nil, "", nil, errors.Join(err, end())
 		}
 	}
-	return o, nil
+	return o, opened.dir, end, nil
 }

@@ -56,6 +56,7 @@ var remoteNode = &scenario{
 		"(40 modules, parsed and compressed) runs. With slipway what it keeps in a cache mount has come along, with BuildKit it is empty. The goal is half of BuildKit's time.",
 	floorAbout: "the build alone, with what it keeps",
 	goal:       2,
+	goals:      []goal{numberWithin(secondExport, "% of the first", 5)},
 	prepare:    func(ctx context.Context, b *bench) error { return b.prepareNode(ctx) },
 	round:      func(b *bench, n int) error { return b.changeNode(n) },
 	floor: func(ctx context.Context, b *bench) error {

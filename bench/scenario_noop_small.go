@@ -32,5 +32,5 @@ var noopSmall = &scenario{
 		})
 	},
 	floor:      execFloor,
-	contestant: building(build{dir: "context", tag: "bench"}, 0),
+	contestant: rebuilding(build{dir: "context", tag: "bench"}),
 }

@@ -25,24 +25,22 @@ var push1GB = &scenario{
 	name:       "push-1GB",
 	about:      "A push of an image of mixed content (-mixed-mb: 1 GB), built and compressed (gzip) before, to an empty registry on loopback.",
 	floorAbout: "the compressed layer's bytes sent to such a registry in one plain HTTP upload",
-	prepare:    prepareExport,
+	group:      mixedGroup,
+	goals:      []goal{withinFloor(1.3), peakMemory},
+	prepare:    prepareCompressed,
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) { return pushing(ctx, b, p, "", "") },
 	floor:      func(ctx context.Context, b *bench) error { return b.upload(ctx) },
 }
 
 var pushPipelined = &scenario{
-	name:       "push-pipelined",
-	about:      "A build with push to an empty registry: its layer of mixed content (-mixed-mb: 1 GB) is there, not compressed yet, and its last step sleeps for ten seconds.",
-	floorAbout: "ten seconds of sleep",
-	ideal:      lateStep.Seconds(),
-	prepare:    prepareExport,
-	round:      func(b *bench, n int) error { return b.changeMixed(n) },
+	name:    "push-pipelined",
+	about:   "A build with push to an empty registry: its layer of mixed content (-mixed-mb: 1 GB) is there, not compressed yet, and its last step sleeps for ten seconds.",
+	ideal:   lateStep.Seconds(),
+	goals:   []goal{aboveIdeal(1), peakMemory},
+	prepare: prepareExport,
+	round:   func(b *bench, n int) error { return b.changeMixed("push", n) },
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
 		return pushing(ctx, b, p, "data", "late")
-	},
-	floor: func(context.Context, *bench) error {
-		time.Sleep(lateStep)
-		return nil
 	},
 }
 
@@ -53,7 +51,7 @@ func pushing(ctx context.Context, b *bench, p peer, prefix, target string) (*con
 	if !ok {
 		return nil, nil
 	}
-	o, err := bp.open(ctx, b.stateDir(p.name()), 0)
+	o, done, _, err := b.opened(ctx, bp, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -78,16 +76,16 @@ func pushing(ctx context.Context, b *bench, p peer, prefix, target string) (*con
 	}
 	c := &contestant{
 		name: p.name(),
-		before: func(ctx context.Context) error {
+		before: b.unlessRacy(func(ctx context.Context) error {
 			if err := runQuietly(ctx, o.build(build{dir: b.mixed, target: prefix})); err != nil {
 				return err
 			}
 			return start()
-		},
+		}),
 		run:     func(_ context.Context, c *calls) error { return c.do(o.build(push())) },
 		after:   func(context.Context) error { return end() },
 		daemons: o.daemons,
-		close:   func() error { return errors.Join(end(), o.close()) },
+		close:   func() error { return errors.Join(end(), done()) },
 	}
 	if prefix == "" {
 		err = start()
@@ -99,7 +97,7 @@ func pushing(ctx context.Context, b *bench, p peer, prefix, target string) (*con
 		}
 	}
 	if err != nil {
-		return nil, errors.Join(err, o.close())
+		return nil, errors.Join(err, done())
 	}
 	return c, nil
 }

@@ -24,6 +24,7 @@ var remoteNoop = &scenario{
 	about: "The Go service on an empty store, nothing changed: everything is in the cache of a registry on loopback (mode=max), and the image is " +
 		"pushed to a registry that has it. The goal is a fifth of BuildKit's time, and 1.1 × the bytes of the cache's index and of what the push needs.",
 	goal:    5,
+	goals:   []goal{numberWithin(remoteBytes, "× what it must", 1.1)},
 	prepare: func(ctx context.Context, b *bench) error { return b.prepareGo(ctx, goMount) },
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
 		return remoteCaching(ctx, b, p, remote{one: b.goBuild()})
@@ -36,6 +37,7 @@ var remoteChange = &scenario{
 		"that, it is empty. The goal is half of BuildKit's time, and that what a second export sends after such a change is at most 5 % of the first.",
 	floorAbout: "the compiler alone, with its cache",
 	goal:       2,
+	goals:      []goal{numberWithin(secondExport, "% of the first", 5)},
 	prepare:    func(ctx context.Context, b *bench) error { return b.prepareGo(ctx, goMount) },
 	round:      func(b *bench, n int) error { return b.changeGo(n) },
 	floor:      func(_ context.Context, b *bench) error { return b.compile(filepath.Join(b.dir, "gocache")) },
@@ -43,6 +45,12 @@ var remoteChange = &scenario{
 		return remoteCaching(ctx, b, p, remote{one: b.goBuild(), change: func() error { return b.changeGo(1000) }})
 	},
 }
+
+// Names of numbers.
+const (
+	remoteBytes  = "bytes transferred"
+	secondExport = "a second export's bytes"
+)
 
 // remote is a project whose cache is in a registry.
 type remote struct {
@@ -104,7 +112,9 @@ func remoteCaching(ctx context.Context, b *bench, p peer, what remote) (_ *conte
 		runs, bodies = runs+1, bodies+to.received.Load()+to.sent.Load()-before
 		return err
 	}
+	numbers := map[string]float64{}
 	c.note = func() string { return note }
+	c.numbers = func() map[string]float64 { return numbers }
 	c.close = func() error {
 		err := end()
 		switch {
@@ -113,6 +123,7 @@ func remoteCaching(ctx context.Context, b *bench, p peer, what remote) (_ *conte
 			var index int64
 			if index, err = to.cacheIndex(ctx, "bench/cache"); err == nil {
 				each := float64(bodies) / float64(runs)
+				numbers[remoteBytes] = each / float64(index)
 				note = fmt.Sprintf("%.1f kB of bodies a run; the cache's manifest, document and tables of contents are %.1f kB, and the push needs nothing: %.2f × (goal: at most 1.1).",
 					each/1e3, float64(index)/1e3, each/float64(index))
 			}
@@ -122,6 +133,7 @@ func remoteCaching(ctx context.Context, b *bench, p peer, what remote) (_ *conte
 			}
 			var sent int64
 			if sent, err = export(one); err == nil {
+				numbers[secondExport] = 100 * float64(sent) / float64(firstSent)
 				note = fmt.Sprintf("the first export and push send %.2f MB, those after a change in one line %.2f MB: %.1f %% (goal: at most 5).",
 					float64(firstSent)/1e6, float64(sent)/1e6, 100*float64(sent)/float64(firstSent))
 			}

@@ -14,6 +14,7 @@ var runTrue = &scenario{
 	prepare: func(_ context.Context, b *bench) error {
 		return b.writeInput(filepath.Join(b.dir, "image"), map[string]string{"busybox": "", "Dockerfile": smallImage})
 	},
+	goals: []goal{fasterThan("runc", 1)},
 	floor: func(context.Context, *bench) error { return cloneFloor(1) },
 	contestant: func(ctx context.Context, b *bench, p peer) (*contestant, error) {
 		r, ok := p.(runner)

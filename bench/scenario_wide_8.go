@@ -21,6 +21,7 @@ var wide8 = &scenario{
 	name:       "wide-8",
 	about:      "Eight stages of ten times RUN true each, eight steps at a time, without the cache: what steps that run at once cost besides their commands. Compare the time and the processor time of a step with those of chain-60, where it is alone.",
 	floorAbout: "eighty times clone with mount, PID, UTS, IPC and network namespaces, execve of a small static program, and its end, in eight threads",
+	goals:      []goal{stepLikeAlone(2)},
 	steps:      wideStages * wideSteps,
 	prepare: func(_ context.Context, b *bench) error {
 		file := "FROM scratch AS base\nCOPY busybox /bin/busybox\n" + repeat(wideStages, func(i int) string {
