@@ -163,22 +163,25 @@ func (m *meta) learn(r Remote) (changed bool) {
 // installRemote puts a new remote layer in its place. The caller holds its lock. It is not synced, like a committed tree (durable.go): in another
 // boot it counts if a Sync has covered it, and otherwise it is asked for again.
 func (s *Store) installRemote(m *meta, x *index.Index) error {
+	var raw []byte
+	m.Size = 4096 // the info
+	if x != nil {
+		raw = x.Encode()
+		m.Size += (int64(len(raw)) + 4095) &^ 4095
+	}
+	s.add(m.Size) // before it has its number: this may wait for a collection, and a sync waits for whoever has a number
+	defer s.boot.begin(m)()
 	tmp, err := s.newTmp()
 	if err != nil {
 		return err
 	}
-	defer s.boot.begin(m)()
-	m.Size = 4096 // the info
 	if x != nil {
-		raw := x.Encode()
-		m.Size += (int64(len(raw)) + 4095) &^ 4095
 		err = s.writeFile(filepath.Join(tmp, indexFile), raw, false)
 	}
 	if err == nil {
 		err = s.writeMeta(filepath.Join(tmp, infoFile), m, false)
 	}
 	if err == nil {
-		s.add(m.Size)
 		err = s.install(tmp, m, x, false)
 	}
 	if err != nil {
