@@ -143,12 +143,17 @@ func (r *Repository) Close() error { return nil }
 func notFound(err error) error {
 	switch {
 	case errors.Is(err, registry.ErrNotFound):
-		return fmt.Errorf("%w: %w", ErrNotFound, err)
+		return notFoundError{err}
 	case errors.Is(err, registry.ErrCorrupt):
 		return fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	return err
 }
+
+// notFoundError is a registry's error that something is not there, which it says itself.
+type notFoundError struct{ error }
+
+func (e notFoundError) Unwrap() []error { return []error{ErrNotFound, e.error} }
 
 // readDocument reads the document that a manifest names.
 func readDocument(ctx context.Context, b Backend, manifest []byte) ([]byte, error) {

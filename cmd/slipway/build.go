@@ -210,7 +210,9 @@ func (a *app) solve(ctx context.Context, o *buildOptions, solve bkclient.SolveOp
 	if err := a.checkOwnAttrs(ctx, client, solve.FrontendAttrs); err != nil {
 		return nil, nil, err
 	}
+	a.cacheDirs.read(solve.CacheImports)
 	response, warnings, tail, err := solveAndShow(ctx, client, solve, display, mode == progressui.QuietMode)
+	a.cacheDirs.release()
 	if err != nil {
 		why := a.buildError(ctx, err, tail)
 		if o.debugOnError && ctx.Err() == nil {

@@ -15,23 +15,26 @@ import (
 	"github.com/seed-68981b69/slipway/cache/share/s3"
 )
 
-// cacheLogs drops what containerd's content store logs of every directory that a cache is in, and what is no matter of the user's.
-type cacheLogs struct{ logrus.Formatter }
+// cacheLogs shows what BuildKit's client and containerd log about the directories of local caches as our other messages, but for what is no matter of the
+// user's.
+type cacheLogs struct{}
 
 // Format implements logrus.Formatter.
-func (l cacheLogs) Format(e *logrus.Entry) ([]byte, error) {
+func (cacheLogs) Format(e *logrus.Entry) ([]byte, error) {
 	if strings.HasPrefix(e.Message, "failed check for fsverity support") {
 		return nil, nil
 	}
-	return l.Formatter.Format(e)
+	line := fmt.Sprintf("slipway: %s: %s", e.Level, e.Message)
+	if err := e.Data[logrus.ErrorKey]; err != nil {
+		line += fmt.Sprint(": ", err)
+	}
+	return []byte(line + "\n"), nil
 }
 
 // cacheOptions reads the values of --cache-from and --cache-to, as docker buildx does: a reference alone is one of a registry.
 func cacheOptions(flag string, specs []string) ([]bkclient.CacheOptionsEntry, error) {
-	if logger := logrus.StandardLogger(); len(specs) > 0 {
-		if _, set := logger.Formatter.(cacheLogs); !set {
-			logger.SetFormatter(cacheLogs{logger.Formatter})
-		}
+	if len(specs) > 0 {
+		logrus.SetFormatter(cacheLogs{})
 	}
 	var out []bkclient.CacheOptionsEntry
 	for _, spec := range specs {

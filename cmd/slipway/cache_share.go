@@ -97,6 +97,8 @@ func (a *app) wholeCache(ctx context.Context, solve bkclient.SolveOpt, progress 
 	if err := a.checkOwnAttrs(ctx, client, solve.FrontendAttrs); err != nil {
 		return nil, err
 	}
+	a.cacheDirs.read(solve.CacheImports)
+	defer a.cacheDirs.release()
 	events := make(chan *bkclient.SolveStatus)
 	var response *bkclient.SolveResponse
 	var group errgroup.Group
@@ -157,6 +159,7 @@ func newCacheInspectCommand(a *app) *cobra.Command {
 	f.StringVarP(&o.build.file, "file", "f", "", "with --for: the Dockerfile (default DIR/Dockerfile)")
 	f.StringVar(&o.build.target, "target", "", "with --for: this stage")
 	f.StringArrayVar(&o.build.buildArgs, "build-arg", nil, "with --for: KEY=VALUE, or KEY to take it from the environment")
+	f.StringArrayVar(&o.build.contexts, "build-context", nil, "with --for: one more context, as for build")
 	f.StringSliceVar(&o.build.platforms, "platform", nil, "with --for: this platform")
 	return cmd
 }
@@ -183,8 +186,13 @@ func readCache(ctx context.Context, o *inspectOptions, spec bkclient.CacheOption
 			tag = "latest"
 		}
 		desc, err := ociindex.NewStoreIndex(dir).Get(tag)
-		if err != nil || desc == nil {
-			return nil, 0, errors.Join(fmt.Errorf("%s has no cache %q", dir, tag), err)
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+			return nil, 0, fmt.Errorf("there is no cache in directory %s: %w", dir, err)
+		case err != nil:
+			return nil, 0, err
+		case desc == nil:
+			return nil, 0, fmt.Errorf("directory %s has no cache with the tag %q", dir, tag)
 		}
 		store, err := contentlocal.NewStore(dir)
 		if err != nil {
@@ -326,6 +334,11 @@ func (a *app) inspectFor(ctx context.Context, o *inspectOptions, specs []bkclien
 	defer from.cleanup()
 	if err := o.build.addAttrs(&solve, a.hostGateway(ctx, o.build.network)); err != nil {
 		return err
+	}
+	for _, spec := range o.build.contexts {
+		if err := addNamedContext(&solve, spec); err != nil {
+			return err
+		}
 	}
 	if solve.Session, err = a.attachables(o.build); err != nil {
 		return err

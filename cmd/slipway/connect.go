@@ -23,6 +23,7 @@ import (
 	"github.com/moby/buildkit/session/grpchijack"
 	mobyclient "github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 
 	"github.com/seed-68981b69/slipway/cmd/slipway/clientgc"
 	"github.com/seed-68981b69/slipway/engine"
@@ -38,6 +39,8 @@ type app struct {
 	// jobs and maxMemory are for the engine, when this process opens one; 0 is the default.
 	jobs      int
 	maxMemory memorySize
+
+	cacheDirs cacheDirs // of the build at hand
 	// extraCA are PEM files with authorities for steps, for the engine that this process opens.
 	extraCA   []string
 	tls       tlsFiles
@@ -207,7 +210,8 @@ func (a *app) buildkit(ctx context.Context) (*bkclient.Client, error) {
 				return nil, err
 			}
 			return &sessionConn{Conn: conn}, nil
-		}))
+		}),
+		bkclient.WithGRPCDialOption(grpc.WithChainUnaryInterceptor(a.cacheDirs.intercept)))
 	if err != nil {
 		return nil, err
 	}

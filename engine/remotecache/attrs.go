@@ -242,7 +242,7 @@ func bucketOf(e Entry) (s3.Options, []string, error) {
 
 func (s *ExportSpec) set(name, value string) (err error) {
 	if s.Type != TypeInline {
-		if name == "compression" && value == layerblob.Estargz {
+		if name == "compression" && !slices.Contains([]string{"uncompressed", "gzip", "zstd"}, value) {
 			return errors.New("not supported for caches: want uncompressed, gzip or zstd")
 		}
 		if ok, err := s.Compression.Set(name, value); ok {
