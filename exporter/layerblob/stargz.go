@@ -45,8 +45,8 @@ func writeStargz(ctx context.Context, w io.Writer, in io.Reader, want digest.Dig
 	if workers <= 0 {
 		workers = min(runtime.GOMAXPROCS(0), stargzWorkers)
 	}
-	// What is in memory: the members under way, uncompressed.
-	most := int64(workers+1) * stargzChunk
+	// What is in memory: the members under way, uncompressed, and the one that is read meanwhile.
+	most := int64(workers) * stargzChunk
 	group, ctx := errgroup.WithContext(ctx)
 	s := &stargzSplitter{
 		ctx: ctx, sum: sha256.New(), room: semaphore.NewWeighted(most), most: most,
