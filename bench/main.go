@@ -160,6 +160,10 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	b := &bench{options: o}
+	if err := adopt(); err != nil {
+		return fmt.Errorf("become the parent of what peers leave behind: %w", err)
+	}
+	b.adopts = true
 	if b.top, err = os.MkdirTemp(o.dir, "slipway-bench-"); err != nil {
 		return err
 	}

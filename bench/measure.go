@@ -29,6 +29,8 @@ type bench struct {
 
 	diskSays string // what the page says of disks
 
+	adopts bool // what programs leave behind are our children
+
 	place   *disk             // where b.dir is
 	group   string            // of the scenarios that are measured now; "" for none
 	shared  map[string]*state // what peers of the group have open; nil without a group

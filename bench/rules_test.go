@@ -298,3 +298,25 @@ func TestDisk(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 }
+
+// TestOrphansAreEnded: what a program that was ended has left in a session of its own.
+func TestOrphansAreEnded(t *testing.T) {
+	if err := adopt(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Sscan(string(out), &pid); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := processes()[pid]; !ok {
+		t.Fatal("there is no orphan")
+	}
+	endOrphans()
+	if _, ok := processes()[pid]; ok {
+		t.Error("the orphan lives")
+	}
+}
