@@ -7,6 +7,7 @@ TMP       := $(CURDIR)/.tmp
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT := golang.org/x/perf/cmd/benchstat@latest
+BENCH_OUT ?= $(TMP)/bench
 SCENARIOS ?= noop-small,noop-50k,chain-60,fanout-8,run-true
 # The packages whose benchmarks are of hot paths: keys, records, look-ups in indexes, pack, unpack, mounts, contexts, namespaces, containers.
 MICRO     := ./solver ./cache/record ./cache/index ./cache/layer ./cache/snapshot ./solver/source/local ./executor/network ./executor/runc
@@ -19,7 +20,7 @@ go-test = $(if $(RERUN),$(GO) run $(GOTESTSUM) --format standard-quiet --rerun-f
 # What the build needs, what the tests need besides, and what the demo needs besides, from Debian.
 BUILD_PACKAGES := libseccomp-dev pkg-config gcc libc6-dev ca-certificates
 TEST_PACKAGES  := busybox-static skopeo umoci buildah mmdebstrap nftables iproute2 uidmap
-BENCH_PACKAGES := busybox-static buildah runc
+BENCH_PACKAGES := busybox-static buildah runc e2fsprogs mount
 DEMO_PACKAGES  := busybox-static mmdebstrap curl
 
 .DEFAULT_GOAL := help
@@ -87,11 +88,11 @@ torture: build deps-test ## kill slipway and store workers at random points, and
 	SLIPWAY_TEST_STEPS=1000 $(GO) test ./executor/runc -run TestNothingIsLeftByMany -count=1 && \
 	$(GO) run ./cache/cachetest/torture -runs 200 -builds 60 -slipway $(BIN) -root $$dir; status=$$?; rm -rf $$dir; exit $$status
 
-bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 40 GB of disk, 30 minutes); writes .tmp/bench
-	@mkdir -p $(TMP) && $(GO) run ./bench -build-peers -dir $(TMP) -plant 10ms -out $(TMP)/bench
+bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 30 GB of disk, 20 minutes); writes .tmp/bench/RESULTS.md
+	@mkdir -p $(TMP) && $(GO) run ./bench -build-peers -dir $(TMP) -plant 10ms -out $(BENCH_OUT)
 
-bench-curves: build deps-bench ## draw time and memory against size: files, steps, layers, stages, records (10 minutes); writes .tmp/curves
-	@mkdir -p $(TMP) && $(GO) run ./bench -scenario none -curve all -peers none -dir $(TMP) -out $(TMP)/curves
+bench-curves: build deps-bench ## draw time and memory against size: files, steps, layers, stages, records (10 minutes); writes .tmp/bench/CURVES.md
+	@mkdir -p $(TMP) && $(GO) run ./bench -scenario none -curve all -peers none -dir $(TMP) -out $(BENCH_OUT)
 
 bench-compare: build deps-bench ## measure this tree beside another commit: make bench-compare REF=v1 [SCENARIOS=a,b]; writes .tmp/bench-compare
 	@[ -n "$(REF)" ] || { echo "make: which commit? make bench-compare REF=…" >&2; exit 1; }

@@ -12,31 +12,28 @@ import (
 
 // building makes a builder ready that keeps its state between runs, and in a group: each run is one build of dir.
 func building(b build, jobs int) func(context.Context, *bench, peer) (*contestant, error) {
-	return buildingPrimed(b, jobs, false)
+	return buildingPrimed(b, jobs, nil)
 }
 
 // rebuilding is that where the cache has the build, or what it was before a change, already in the warm-up.
 func rebuilding(b build) func(context.Context, *bench, peer) (*contestant, error) {
-	return buildingPrimed(b, 0, true)
+	return buildingPrimed(b, 0, &b)
 }
 
-func buildingPrimed(b build, jobs int, primed bool) func(context.Context, *bench, peer) (*contestant, error) {
+// buildingPrimed is building where something is built before the warm-up.
+func buildingPrimed(b build, jobs int, first *build) func(context.Context, *bench, peer) (*contestant, error) {
 	return func(ctx context.Context, bn *bench, p peer) (*contestant, error) {
 		bp, ok := p.(builder)
 		if !ok {
 			return nil, nil
 		}
-		one := b
-		one.dir = filepath.Join(bn.dir, b.dir)
-		if filepath.IsAbs(b.dir) {
-			one.dir = b.dir
-		}
-		o, end, first, err := bn.opened(ctx, bp, jobs)
+		one := bn.placed(b)
+		o, end, empty, err := bn.opened(ctx, bp, jobs)
 		if err != nil {
 			return nil, err
 		}
-		if primed && first {
-			if err := runQuietly(ctx, o.build(one)); err != nil {
+		if first != nil && empty {
+			if err := runQuietly(ctx, o.build(bn.placed(*first))); err != nil {
 				return nil, errors.Join(err, end())
 			}
 		}
@@ -47,6 +44,14 @@ func buildingPrimed(b build, jobs int, primed bool) func(context.Context, *bench
 			close:   end,
 		}, nil
 	}
+}
+
+// placed is a build whose directory is below the scenario's, unless it is absolute.
+func (b *bench) placed(one build) build {
+	if !filepath.IsAbs(one.dir) {
+		one.dir = filepath.Join(b.dir, one.dir)
+	}
+	return one
 }
 
 // stateDir is a new directory for a peer's state.

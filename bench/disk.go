@@ -164,6 +164,9 @@ func (b *bench) leave() error {
 		errs = append(errs, o.close())
 	}
 	b.group, b.shared, b.leftOut = "", nil, nil
+	if b.adopts {
+		endOrphans()
+	}
 	if d := b.place; d != nil {
 		b.place = nil
 		if d.image == "" {

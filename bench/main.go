@@ -69,8 +69,8 @@ func parseFlags(args []string) (options, error) {
 	f.Uint64Var(&o.seed, "seed", 1, "seed of the inputs")
 	f.StringVar(&o.slipway, "slipway", "bin/slipway", "the `program` to measure")
 	f.DurationVar(&o.plant, "plant", 0, "measure slipway a second time with steps that take this much `longer`, in scenarios that have steps: the bench must see it")
-	f.DurationVar(&o.settle, "settle", 200*time.Millisecond, "how long to wait after each call: what daemons do in that `time` counts as processor time")
-	f.DurationVar(&o.slow, "slow", 20*time.Second, "a peer is not measured any more when its runs took longer than this `time` together")
+	f.DurationVar(&o.settle, "settle", 100*time.Millisecond, "how long to wait after each call: what daemons do in that `time` counts as processor time")
+	f.DurationVar(&o.slow, "slow", 10*time.Second, "a peer is not measured any more when its runs took longer than this `time` together")
 	f.BoolVar(&o.ownDisk, "own-disk", true, "measure on fresh ext4 file systems in files below -dir; where those cannot be had, and with false, in directories")
 	f.BoolVar(&o.build, "build-peers", false, "build buildctl and buildkitd of the version in go.mod when they are not on PATH")
 	f.Int64Var(&o.mixedMB, "mixed-mb", 1000, "size of the content of the export and push scenarios in `MB`")
@@ -160,6 +160,10 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	b := &bench{options: o}
+	if err := adopt(); err != nil {
+		return fmt.Errorf("become the parent of what peers leave behind: %w", err)
+	}
+	b.adopts = true
 	if b.top, err = os.MkdirTemp(o.dir, "slipway-bench-"); err != nil {
 		return err
 	}

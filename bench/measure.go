@@ -29,19 +29,20 @@ type bench struct {
 
 	diskSays string // what the page says of disks
 
+	adopts bool // what programs leave behind are our children
+
 	place   *disk             // where b.dir is
 	group   string            // of the scenarios that are measured now; "" for none
 	shared  map[string]*state // what peers of the group have open; nil without a group
 	leftOut map[string]string // peers that cannot go on in the group, and why
 
-	big          string    // the tree of 50,000 files, once it is made
-	goLayout     string    // the base image of the Go service, once it is made
-	mixed        string    // the directory of mixed content, once it is made
-	mixedChanged time.Time // when
-	registry     string    // host of the registry of the scenario that is measured now
-	pulled       *servedImage
-	dir          string // input and states of the scenario that is measured now
-	states       int    // state directories made so far
+	big      string // the tree of 50,000 files, once it is made
+	goLayout string // the base image of the Go service, once it is made
+	mixed    string // the directory of mixed content, once it is made
+	registry string // host of the registry of the scenario that is measured now
+	pulled   *servedImage
+	dir      string // input and states of the scenario that is measured now
+	states   int    // state directories made so far
 }
 
 // calls are the programs that a run starts, one after the other or at the same time.
@@ -187,7 +188,7 @@ func (t *turns) enter(c *contestant, m *measured) {
 func (t *turns) prepare(ctx context.Context) error {
 	for i, p := range t.peers {
 		_, ours := p.(*slipway)
-		m := &measured{Name: p.name(), Version: p.version(), patience: patienceOf(p.name(), ours), slow: t.slow, ours: ours}
+		m := &measured{Name: p.name(), Version: p.version(), patience: patienceOf(p.name(), ours, t.scenario.patience), slow: t.slow, ours: ours}
 		if why := t.leftOut[m.Name]; why != "" {
 			m.LeftOut = why
 			t.enter(&contestant{name: m.Name}, m)

@@ -25,9 +25,7 @@ func (b *bench) mixedTree(ctx context.Context) error {
 	}
 	dir := filepath.Join(b.work, "mixed")
 	if err := b.writeInput(dir, map[string]string{
-		"busybox": "",
-		"Dockerfile": "FROM scratch AS data\nADD " + mixedName + " /\nCOPY busybox /bin/busybox\n" +
-			"FROM data AS late\nRUN [\"/bin/busybox\", \"sleep\", \"" + fmt.Sprint(int(lateStep/time.Second)) + "\"]\nFROM data\n",
+		"busybox": "", ".dockerignore": "Dockerfile\n.dockerignore\n", "Dockerfile": mixedFile("mixed"),
 	}); err != nil {
 		return err
 	}
@@ -71,6 +69,12 @@ func (b *bench) mixedTree(ctx context.Context) error {
 	return nil
 }
 
+// mixedFile is a Dockerfile that unpacks the tar into a directory.
+func mixedFile(dir string) string {
+	return "FROM scratch AS data\nADD " + mixedName + " /" + dir + "/\nCOPY busybox /bin/busybox\n" +
+		"FROM data AS late\nRUN [\"/bin/busybox\", \"sleep\", \"" + fmt.Sprint(int(lateStep/time.Second)) + "\"]\nFROM data\n"
+}
+
 // addFiles adds regular files, in the order of their names, until there are most bytes.
 func addFiles(w *tar.Writer, from string, most int64) (n int64, err error) {
 	err = filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
@@ -97,25 +101,8 @@ func addFiles(w *tar.Writer, from string, most int64) (n int64, err error) {
 	return n, err
 }
 
-// changeMixed gives some bytes of the first file in the tar other values: those of a round of a series.
+// changeMixed makes the layer another one, that of a round of a series: its files are in another directory. The context stays as it is, so that
+// nobody has to transfer or hash it again.
 func (b *bench) changeMixed(series string, n int) error {
-	f, err := os.OpenFile(filepath.Join(b.mixed, mixedName), os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	buf := make([]byte, 100)
-	_, _ = b.random(fmt.Sprint("change ", series, n)).Read(buf)
-	b.mixedChanged = time.Now()
-	_, err = f.WriteAt(buf, 4096)
-	return err
-}
-
-// unlessRacy is f, some time after the content has changed: digests of files that have changed right before they are read are not remembered
-// by slipway, and an export would hash the context once more.
-func (b *bench) unlessRacy(f func(context.Context) error) func(context.Context) error {
-	return func(ctx context.Context) error {
-		time.Sleep(time.Until(b.mixedChanged.Add(3 * time.Second)))
-		return f(ctx)
-	}
+	return os.WriteFile(filepath.Join(b.mixed, "Dockerfile"), []byte(mixedFile(fmt.Sprint(series, n+1))), 0o644)
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // usage is what processes have used since they began.
@@ -106,6 +108,23 @@ func usageOf(roots []int) usage {
 		u.written += written(strconv.Itoa(pid))
 	}
 	return u
+}
+
+// adopt makes this process the parent of what programs that were ended leave behind, as buildah leaves containers.
+func adopt() error { return unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }
+
+// endOrphans kills what was adopted, when nobody has a program running.
+func endOrphans() {
+	for found := true; found; {
+		found = false
+		for pid, s := range processes() {
+			if s.parent == os.Getpid() {
+				found = true // its children come next
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+				_, _ = syscall.Wait4(pid, nil, 0, nil)
+			}
+		}
+	}
 }
 
 // written is what a process and the children that it has waited for have sent to disks.

@@ -13,7 +13,7 @@ const (
 	// warmUpRound is the number of the round that comes before those that are counted, which begin with 0.
 	warmUpRound = -1
 	// longWarmUp is how long a run of the warm-up takes that is counted, as the first one: what it warms up is little beside that.
-	longWarmUp = 5 * time.Second
+	longWarmUp = 2 * time.Second
 	// longRun is how long a run takes in which memory can be looked at now and then without doing harm. Who is faster has one more
 	// run for that.
 	longRun = 2 * time.Second
@@ -21,7 +21,7 @@ const (
 	watchRarely, watchOften = 200 * time.Millisecond, 3 * time.Millisecond
 
 	// peerPatience is how long a peer may take to get ready, warm-up included, and for each run after that.
-	peerPatience     = 8 * time.Second
+	peerPatience     = 6 * time.Second
 	buildkitPatience = 100 * time.Second
 )
 
@@ -29,10 +29,12 @@ const (
 var errImpatient = errors.New("it takes longer to get ready, or for one run, than")
 
 // patienceOf is how long a peer may take; nothing limits us.
-func patienceOf(name string, ours bool) time.Duration {
+func patienceOf(name string, ours bool, ofScenario time.Duration) time.Duration {
 	switch {
 	case ours:
 		return 0
+	case name == "buildkit" && ofScenario > 0:
+		return ofScenario
 	case name == "buildkit":
 		return buildkitPatience
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"slices"
+	"time"
 )
 
 // scenario is one thing to compare.
@@ -18,6 +19,8 @@ type scenario struct {
 	group string
 	// runs is how many runs are enough; 0 is as many as were asked for.
 	runs int
+	// patience is how long BuildKit may take instead of buildkitPatience; 0 is that.
+	patience time.Duration
 	// goal is how many times faster than BuildKit DESIGN.md wants us; 0 is no such goal.
 	goal float64
 	// ideal is a time, in seconds, that nothing can be faster than by the scenario's nature; 0 is none.

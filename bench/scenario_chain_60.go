@@ -15,6 +15,7 @@ var chain60 = &scenario{
 	name:       "chain-60",
 	about:      "Sixty times RUN true, one after the other, without the cache: what a step costs besides its command.",
 	floorAbout: "sixty times clone with mount, PID, UTS, IPC and network namespaces, execve of a small static program, and its end",
+	group:      "chain", // the second one finds in the cache what the first one has built
 	goal:       4,
 	goals:      []goal{stepWithin(20 * time.Millisecond)},
 	steps:      chainSteps,
@@ -28,6 +29,7 @@ var chain60Cached = &scenario{
 	name:       "chain-60-cached",
 	about:      "The same sixty steps when all of them are in the cache: one whole call of the command line.",
 	floorAbout: "one start of a small static program",
+	group:      "chain", // the second one finds in the cache what the first one has built
 	goal:       4,
 	prepare:    prepareChain,
 	floor:      execFloor,

@@ -24,6 +24,7 @@ func concurrent(n int) *scenario {
 		name:       fmt.Sprintf("concurrent-%d", n),
 		about:      fmt.Sprintf("%d clients at the same time, each with a build of its own of %d RUN steps, without the cache, on one daemon.", n, concurrentSteps),
 		floorAbout: fmt.Sprintf("%d times clone with namespaces and execve of a small static program, in as many threads as there are clients", n*concurrentSteps),
+		group:      "concurrent",
 		steps:      n * concurrentSteps,
 		prepare: func(_ context.Context, b *bench) error {
 			for i := range n {
@@ -51,12 +52,12 @@ func concurrent(n int) *scenario {
 			if !ok {
 				return nil, nil
 			}
-			o, err := bp.open(ctx, b.stateDir(p.name()), 0)
+			o, end, _, err := b.opened(ctx, bp, 0)
 			if err != nil {
 				return nil, err
 			}
 			return &contestant{
-				name: p.name(), daemons: o.daemons, close: o.close,
+				name: p.name(), daemons: o.daemons, close: end,
 				run: func(_ context.Context, c *calls) error {
 					var group errgroup.Group
 					for i := range n {

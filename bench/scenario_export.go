@@ -72,7 +72,7 @@ var exportAgain = &scenario{
 
 func prepareExport(ctx context.Context, b *bench) error { return b.mixedTree(ctx) }
 
-// prepareCompressed gives the content the bytes that it had in the first round of export-gzip, which even those have compressed who were
+// prepareCompressed makes the layer the one that it was in the first round of export-gzip, which even those have compressed who were
 // measured once.
 func prepareCompressed(ctx context.Context, b *bench) error {
 	if err := b.mixedTree(ctx); err != nil {
@@ -102,7 +102,7 @@ func exporting(compression string, warm bool) func(context.Context, *bench, peer
 		}
 		c := &contestant{
 			name:    p.name(),
-			before:  bn.unlessRacy(func(ctx context.Context) error { return runQuietly(ctx, o.build(build{dir: bn.mixed})) }),
+			before:  func(ctx context.Context) error { return runQuietly(ctx, o.build(build{dir: bn.mixed})) },
 			run:     func(_ context.Context, c *calls) error { return c.do(o.build(made(compression))) },
 			output:  bn.archive(p.name(), compression),
 			daemons: o.daemons,

@@ -106,10 +106,11 @@ var idle = &scenario{
 		if o == nil || err != nil {
 			return nil, err
 		}
+		last := time.Now() // nothing happens after that
 		return &contestant{
 			name: p.name(), daemons: o.daemons, close: end,
 			before: func(context.Context) error {
-				time.Sleep(idleWait)
+				time.Sleep(time.Until(last.Add(idleWait)))
 				return nil
 			},
 			run: func(context.Context, *calls) error {
