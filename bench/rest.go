@@ -32,7 +32,7 @@ in a dozen cgroup hierarchies, and the first process's Go runtime. Starting with
 	"go-cold":             `the compiler.`,
 	"go-change":           `the compiler, which finds no cache.`,
 	"go-mounts":           `the compiler, for what has changed, and the linker.`,
-	"remote-cache":        `the client's start, the frontend, and about 20 fsyncs of layers that are noted as remote (layer.Store.AddRemote). Seven requests go to the registry. The fsyncs could be put off to the store's next sync.`,
+	"remote-cache":        `the client's start, code that a new daemon runs for the first time, and seven requests to the registry. What is left to sync before the answer are manifests and the image's name: a few milliseconds.`,
 	"remote-cache-change": `the compiler and the linker, after the cache mounts have been restored from the registry.`,
 	"remote-cache-node":   `the compile step, after the cache mounts have been restored from the registry.`,
 	"small-files": `after the command its upper directory is walked: each file is looked at, read and hashed for the layer's index, so that what is built on it can be found by content. Hashing could wait for the first step that asks; the walk is
