@@ -18,6 +18,9 @@ const (
 	// run for that.
 	longRun = 2 * time.Second
 
+	// longFloorRuns is how often a floor is measured that takes longer than longRun: it is work without anybody's cleverness, which varies little.
+	longFloorRuns = 3
+
 	watchRarely, watchOften = 200 * time.Millisecond, 3 * time.Millisecond
 
 	// peerPatience is how long a peer may take to get ready, warm-up included, and for each run after that.
@@ -73,7 +76,7 @@ type measured struct {
 	// Numbers are what else was counted, for goals.
 	Numbers map[string]float64 `json:"numbers,omitempty"`
 
-	ours           bool // slipway or the floor: always measured as often as was asked for
+	ours           bool // slipway or the floor: however slow
 	slow, patience time.Duration
 	readying       time.Duration // how long getting ready has taken so far
 	spent, last    time.Duration // the runs that count together, and the last run
@@ -87,6 +90,9 @@ func (m *measured) wants(round, runs int) bool {
 	case round == warmUpRound:
 		return true
 	case round < runs:
+		if m.Name == floorName && m.last > longRun {
+			runs = min(runs, longFloorRuns)
+		}
 		return !m.Slow && len(m.Samples) < runs
 	}
 	return m.PeakMemory == 0 && m.Name != floorName

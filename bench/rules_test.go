@@ -44,6 +44,7 @@ func TestWhoIsMeasuredHowOften(t *testing.T) {
 		{"quick, and once more for the memory", measured{slow: 20 * time.Second}, 100 * time.Millisecond, []int{-1, 0, 1, 2, 3, 4, 5}, 5, false},
 		{"no memory of the floor", measured{Name: floorName, ours: true}, 100 * time.Millisecond, []int{-1, 0, 1, 2, 3, 4}, 5, false},
 		{"long enough to look at the memory in the runs", measured{ours: true}, 3 * time.Second, []int{-1, 0, 1, 2, 3}, 5, false},
+		{"a long floor", measured{Name: floorName, ours: true}, 3 * time.Second, []int{-1, 0, 1}, 3, false},
 		{"a long warm-up counts", measured{ours: true}, 6 * time.Second, []int{-1, 0, 1, 2, 3}, 5, false},
 		{"a peer that is slow has fewer", measured{slow: 20 * time.Second}, 11 * time.Second, []int{-1, 0}, 2, true},
 		{"and if it is very slow only its warm-up", measured{slow: 20 * time.Second}, time.Minute, []int{-1}, 1, true},
