@@ -107,9 +107,12 @@ func (r *Registry) diagnose(ctx context.Context, host, what string, err error) *
 		e.Message = fmt.Sprintf("the connection to %s broke: %s: check the network, or try again later", pass.host, pass)
 	case errors.Is(err, docker.ErrInvalidAuthorization) || code == http.StatusUnauthorized:
 		e.Err = ErrUnauthorized
-		if r.known(ctx, apiHost(host)) {
+		switch known, sure := r.known(ctx, apiHost(host)); {
+		case !sure:
+			e.Message = fmt.Sprintf("%s wants a user name and password, or does not accept those that the client has%s: run \"slipway login %s\"", host, said, host)
+		case known:
 			e.Message = fmt.Sprintf("%s does not accept the user name or password%s: run \"slipway login %s\"", host, said, host)
-		} else {
+		default:
 			e.Message = fmt.Sprintf("%s wants a user name and password%s: run \"slipway login %s\"", host, said, host)
 		}
 	case code == http.StatusForbidden:
@@ -205,13 +208,14 @@ func apiHost(host string) string {
 }
 
 // known says whether anybody has credentials for host. A client that fetches tokens itself is not asked for its password.
-func (r *Registry) known(ctx context.Context, host string) bool {
+func (r *Registry) known(ctx context.Context, host string) (known, sure bool) {
 	if r.tokens != nil {
-		// Who cannot say whether there are tokens is not asked for the password either.
+		// A client that fetches tokens does so for hosts of which it knows no password, too. Who cannot say whether there are tokens is not asked for the
+		// password either.
 		if has, err := r.tokens.HasTokens(ctx, host); err != nil || has {
-			return has
+			return has, !has
 		}
 	}
 	user, secret, _ := r.lookup(ctx, host)
-	return user != "" || secret != ""
+	return user != "" || secret != "", true
 }

@@ -205,19 +205,32 @@ func (s *sending) sendIndex(e *Export, id layer.ID) (*index.Index, *ocispec.Desc
 // reporting tells how much has been read, every 256 KiB.
 type reporting struct {
 	io.ReadCloser
-	id             string
-	n, told, total int64
-	report         func(string, int64, int64, bool)
+	id     string
+	total  int64
+	report func(string, int64, int64, bool)
+
+	mu      sync.Mutex // guards n and told
+	n, told int64
 }
 
 func (r *reporting) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
-	r.n += int64(n)
+	r.mu.Lock()
+	at := r.n + int64(n)
+	r.mu.Unlock()
+	r.reached(at)
+	return n, err
+}
+
+// reached notes that so many bytes have been read.
+func (r *reporting) reached(n int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.n = n
 	if (r.told == 0 || r.n-r.told >= 256<<10) && r.n < r.total {
 		r.told = r.n
 		r.report(r.id, r.n, r.total, false)
 	}
-	return n, err
 }
 
 // Stop gives up and waits until nothing goes on any more.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -92,7 +93,22 @@ func (r *Repository) Put(ctx context.Context, desc ocispec.Descriptor, open func
 	if r.sources.Values != nil {
 		d = r.sources.Annotate(r.ref, d)
 	}
-	return r.remote.Push(ctx, r.ref, d, open, nil)
+	// The file of a blob that is stored here goes as it is, and says itself how far it has come.
+	var sent atomic.Pointer[reporting]
+	return r.remote.Push(ctx, r.ref, d, func() (io.ReadCloser, error) {
+		rc, err := open()
+		if rep, ok := rc.(*reporting); ok {
+			if stored, ok := rep.ReadCloser.(registry.Stored); ok {
+				sent.Store(rep)
+				return stored, err
+			}
+		}
+		return rc, err
+	}, func(n int64) {
+		if rep := sent.Load(); rep != nil {
+			rep.reached(n)
+		}
+	})
 }
 
 // Ref implements Backend. The version is the digest of the manifest.
