@@ -35,6 +35,7 @@ func (cacheLogs) Format(e *logrus.Entry) ([]byte, error) {
 func cacheOptions(flag string, specs []string) ([]bkclient.CacheOptionsEntry, error) {
 	if len(specs) > 0 {
 		logrus.SetFormatter(cacheLogs{})
+		logrus.SetLevel(logrus.WarnLevel)
 	}
 	var out []bkclient.CacheOptionsEntry
 	for _, spec := range specs {
