@@ -88,7 +88,7 @@ torture: build deps-test ## kill slipway and store workers at random points, and
 	SLIPWAY_TEST_STEPS=1000 $(GO) test ./executor/runc -run TestNothingIsLeftByMany -count=1 && \
 	$(GO) run ./cache/cachetest/torture -runs 200 -builds 60 -slipway $(BIN) -root $$dir; status=$$?; rm -rf $$dir; exit $$status
 
-bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 30 GB of disk, 20 minutes); writes .tmp/bench/RESULTS.md
+bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 30 GB of disk, 31 minutes); writes .tmp/bench/RESULTS.md
 	@mkdir -p $(TMP) && $(GO) run ./bench -build-peers -dir $(TMP) -plant 10ms -out $(BENCH_OUT)
 
 bench-curves: build deps-bench ## draw time and memory against size: files, steps, layers, stages, records (10 minutes); writes .tmp/bench/CURVES.md
