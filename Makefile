@@ -91,7 +91,7 @@ torture: build deps-test ## kill slipway and store workers at random points, and
 bench: build deps-bench ## measure slipway beside BuildKit, buildah and runc (root, 30 GB of disk, 31 minutes); writes .tmp/bench/RESULTS.md
 	@mkdir -p $(TMP) && $(GO) run ./bench -build-peers -dir $(TMP) -plant 10ms -out $(BENCH_OUT)
 
-bench-curves: build deps-bench ## draw time and memory against size: files, steps, layers, stages, records (10 minutes); writes .tmp/bench/CURVES.md
+bench-curves: build deps-bench ## draw time and memory against size: files, steps, layers, stages, records (6 minutes); writes .tmp/bench/CURVES.md
 	@mkdir -p $(TMP) && $(GO) run ./bench -scenario none -curve all -peers none -dir $(TMP) -out $(BENCH_OUT)
 
 bench-compare: build deps-bench ## measure this tree beside another commit: make bench-compare REF=v1 [SCENARIOS=a,b]; writes .tmp/bench-compare
